@@ -1,0 +1,154 @@
+"""Pixel geometry of nested tokenization: which region covers which pixels, and where its tokens go.
+
+An image of H x W pixels is cut into non-overlapping square regions of side s, numbered row-major from
+the top left. The last row and column are zero-padded up to s. With an encoder of stride p each region
+gives t x t tokens, t = s / p, and the image has ceil(H / p) x ceil(W / p) tokens that see at least one
+real pixel; the others are pure padding and have no place in any sequence. Integers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+Order = Literal["row", "tile"]
+
+
+@dataclass(frozen=True)
+class RegionGrid:
+    """Regions of side `region` over an image of `height` x `width` pixels.
+
+    Raises ValueError if any of the three is smaller than one.
+    """
+
+    height: int
+    width: int
+    region: int
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "region"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"RegionGrid: {name} must be at least 1 pixel, got {value}.")
+
+    @property
+    def rows(self) -> int:
+        """Rows of regions."""
+        return -(-self.height // self.region)
+
+    @property
+    def cols(self) -> int:
+        """Columns of regions."""
+        return -(-self.width // self.region)
+
+    @property
+    def num_regions(self) -> int:
+        """Regions in the image, `rows * cols`."""
+        return self.rows * self.cols
+
+    def box(self, index: int) -> tuple[int, int, int, int]:
+        """(top, left, height, width) in pixels of the part of region `index` inside the image."""
+        if not 0 <= index < self.num_regions:
+            raise ValueError(
+                f"RegionGrid.box: index must be in [0, {self.num_regions}), got {index}."
+            )
+        top = index // self.cols * self.region
+        left = index % self.cols * self.region
+        return (
+            top,
+            left,
+            min(self.region, self.height - top),
+            min(self.region, self.width - left),
+        )
+
+    def token_shape(self, stride: int) -> tuple[int, int]:
+        """(rows, columns) of the token map of the whole image for an encoder of `stride` pixels."""
+        self._check_stride(stride)
+        return -(-self.height // stride), -(-self.width // stride)
+
+    def placement(
+        self, chunk: Sequence[int] | None, stride: int, order: Order = "row"
+    ) -> Placement:
+        """Where the tokens of each region of `chunk` go in the chunk's token sequence.
+
+        chunk: distinct region numbers in the order in which they are visited; None is all of them.
+        stride: encoder stride in pixels; must divide the region side.
+        order: "row" puts the chunk's tokens in row-major order of the image, "tile" puts them region
+            after region in the order of `chunk`, row-major inside each region.
+        """
+        self._check_stride(stride)
+        if order not in ("row", "tile"):
+            raise ValueError(f"RegionGrid.placement: order must be 'row' or 'tile', got {order!r}.")
+        key = None if chunk is None else tuple(int(i) for i in chunk)
+        return _placement(self, key, stride, order)
+
+    def _check_stride(self, stride: int) -> None:
+        if stride < 1 or self.region % stride:
+            raise ValueError(
+                f"RegionGrid: stride must divide the region side {self.region}, got {stride}."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Affine places of tokens: token (i, j) of region k of the chunk has sequence index
+    `start[k] + i * pitch[k] + j` for i < height[k], j < width[k], and image position
+    (`row[k] + i`, `col[k] + j`). Tokens with i >= height or j >= width are pure padding.
+
+    table: int64 `[K, 6]` on CPU with columns start, pitch, height, width, row, col.
+    length: tokens in the chunk.
+    slots: region number -> row of `table`.
+    """
+
+    table: torch.Tensor
+    length: int
+    slots: dict[int, int]
+
+
+@lru_cache(maxsize=64)
+def _placement(
+    grid: RegionGrid, chunk: tuple[int, ...] | None, stride: int, order: Order
+) -> Placement:
+    if chunk is None:
+        ids = torch.arange(grid.num_regions)
+    else:
+        ids = torch.tensor(chunk, dtype=torch.int64)
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= grid.num_regions):
+            bad = next(i for i in chunk if not 0 <= i < grid.num_regions)
+            raise ValueError(
+                f"RegionGrid.placement: chunk must hold region numbers in [0, {grid.num_regions}), "
+                f"got {bad}."
+            )
+        if len(set(chunk)) != len(chunk):
+            raise ValueError("RegionGrid.placement: chunk must hold distinct region numbers.")
+    side = grid.region // stride
+    token_rows, token_cols = grid.token_shape(stride)
+    row, col = ids // grid.cols * side, ids % grid.cols * side
+    height = (token_rows - row).clamp(max=side)
+    width = (token_cols - col).clamp(max=side)
+    if order == "tile":
+        start = (height * width).cumsum(0) - height * width
+        pitch = width
+    else:
+        by_image = ids.argsort()
+        _, band, counts = ids[by_image].div(grid.cols, rounding_mode="floor").unique_consecutive(
+            return_inverse=True, return_counts=True
+        )
+        num_bands = counts.numel()
+        w, h = width[by_image], height[by_image]
+        band_width = torch.zeros(num_bands, dtype=torch.int64).index_add_(0, band, w)
+        band_height = torch.zeros(num_bands, dtype=torch.int64).scatter_(0, band, h)
+        band_size = band_height * band_width
+        band_start = band_size.cumsum(0) - band_size
+        # Columns to the left inside the band: running sum of widths less that of the bands before.
+        left = w.cumsum(0) - w - (band_width.cumsum(0) - band_width)[band]
+        start, pitch = torch.empty_like(ids), torch.empty_like(ids)
+        start[by_image] = band_start[band] + left
+        pitch[by_image] = band_width[band]
+    table = torch.stack([start, pitch, height, width, row, col], dim=1)
+    slots = {int(region): slot for slot, region in enumerate(ids.tolist())}
+    return Placement(table, int((height * width).sum()), slots)
