@@ -1,1 +1,51 @@
-"""Models for very large images."""
+"""Models that see very large images: regions, stitched tokens, context, head; streamed from a file."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .context_encoder import ContextEncoder, XLContextEncoder
+    from .model import XT, XTConfig, XTOutput
+    from .planning import plan
+    from .registry import create_model, list_models
+    from .source import open_image
+    from .streaming import stream, stream_chunks
+
+_HOME = {
+    "ContextEncoder": "context_encoder",
+    "XLContextEncoder": "context_encoder",
+    "XT": "model",
+    "XTConfig": "model",
+    "XTOutput": "model",
+    "create_model": "registry",
+    "list_models": "registry",
+    "open_image": "source",
+    "plan": "planning",
+    "stream": "streaming",
+    "stream_chunks": "streaming",
+}
+
+__all__ = [
+    "XT",
+    "ContextEncoder",
+    "XLContextEncoder",
+    "XTConfig",
+    "XTOutput",
+    "create_model",
+    "list_models",
+    "open_image",
+    "plan",
+    "stream",
+    "stream_chunks",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Rooms load on first use: torch and timm take seconds, `xt --help` has half of one.
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value

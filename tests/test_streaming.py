@@ -1,0 +1,326 @@
+"""Streaming equals the in-memory model, whatever the batches, threads and order of reads; its outputs
+are whole or absent."""
+
+import json
+import os
+import random
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from PIL import Image
+
+import xt_models as xm
+from xt_models.host import available_memory, current_rss, free_disk, peak_rss, reset_peak_rss
+from xt_models.source import SourceError
+from xt_models.streaming import stream_chunks
+
+pytestmark = pytest.mark.filterwarnings("ignore::xt_models.registry.RandomWeightsWarning")
+SMALL = {"region": 64, "dim": 32, "num_heads": 2, "chunk_regions": 3}
+
+
+def small(context="xl", **kwargs):
+    return xm.create_model("convnext_atto", context=context, **SMALL | kwargs)
+
+
+def scene(height=200, width=330, bands=3, dtype=np.uint8, seed=0):
+    rng = np.random.default_rng(seed)
+    if np.dtype(dtype).kind == "f":
+        return rng.normal(size=(height, width, bands)).astype(dtype)
+    return rng.integers(0, np.iinfo(dtype).max, (height, width, bands), dtype=dtype)
+
+
+def in_memory(model, pixels):
+    with torch.inference_mode():
+        return model(torch.from_numpy(pixels).permute(2, 0, 1))
+
+
+def read_map(folder):
+    return torch.from_numpy(zarr.open_array(str(folder / "tokens.zarr"), mode="r")[:])
+
+
+def close(a, b):
+    # Batched convolutions and matrix products round differently for different batch sizes.
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tiling", ["row", "zigzag", "two-stream"])
+@pytest.mark.parametrize("size", [(1, 1), (64, 64), (65, 63), (200, 330)])
+def test_streamed_equals_in_memory(tiling, size, tmp_path):
+    model = small(tiling=tiling, num_classes=5)
+    pixels = scene(*size)
+    expected = in_memory(model, pixels)
+    source = xm.open_image(pixels, axes="HWC")
+    result = xm.stream(model, source, tmp_path / "out", batch_size=2)
+    close(read_map(tmp_path / "out").flatten(0, 1), expected.tokens[0])
+    close(torch.from_numpy(result.logits), expected.logits[0])
+    close(torch.from_numpy(result.embedding), expected.embedding[0])
+
+
+@pytest.mark.parametrize(
+    "context, options",
+    [
+        ("vit", {"chunk_regions": None, "pool": "token"}),
+        ("hyper", {"chunk_regions": None, "pool": "token", "causal": True}),
+        ("hyper", {}),
+        (None, {}),
+        ("xl", {"residual": True, "memory_chunks": 2, "depth": 3}),
+        ("xl", {"chunk_regions": 1}),
+    ],
+)
+def test_streamed_equals_in_memory_for_every_context(context, options, tmp_path):
+    model = small(context, num_classes=3, **options)
+    pixels = scene()
+    expected = in_memory(model, pixels)
+    result = xm.stream(model, pixels, tmp_path / "out", batch_size=4)
+    close(read_map(tmp_path / "out").flatten(0, 1), expected.tokens[0])
+    close(torch.from_numpy(result.logits), expected.logits[0])
+
+
+@pytest.mark.parametrize("bands, dtype", [(1, np.uint8), (2, np.float32), (3, np.uint16), (5, np.uint8)])
+def test_any_bands_and_types(bands, dtype, tmp_path):
+    model = small(in_chans=bands)
+    pixels = scene(90, 150, bands, dtype)
+    source = xm.open_image(pixels, axes="HWC")
+    xm.stream(model, source, tmp_path / "out")
+    close(read_map(tmp_path / "out").flatten(0, 1), in_memory(model, pixels).tokens[0])
+    assert Image.open(tmp_path / "out" / "preview.png").mode == "RGB"
+
+
+class _SlowSource:
+    """Delays each read at random, so that reads finish out of order; counts those under way."""
+
+    def __init__(self, source, seed=0, fail_at=None):
+        self._source, self._random, self._fail_at = source, random.Random(seed), fail_at
+        self._lock, self.reads, self.open_reads, self.most = threading.Lock(), 0, 0, 0
+
+    def read(self, *window):
+        with self._lock:
+            self.reads += 1
+            number = self.reads
+            self.open_reads += 1
+            self.most = max(self.most, self.open_reads)
+            delay = self._random.random() * 0.02
+        time.sleep(delay)
+        with self._lock:
+            self.open_reads -= 1
+        if number == self._fail_at:
+            raise SourceError("scene.tif: tile 7 of level 0 at byte 123 is corrupt.")
+        return self._source.read(*window)
+
+    def __getattr__(self, name):
+        return getattr(self._source, name)
+
+
+def tokens_of(model, source, **options):
+    out = {}
+    for chunk in stream_chunks(model, source, **options):
+        out[chunk.regions] = chunk.tokens.clone()
+    return out
+
+
+@pytest.mark.parametrize("readers, batch_size", [(1, 1), (2, 3), (4, 5), (8, 1), (3, 100)])
+def test_independent_of_batches_threads_and_read_order(readers, batch_size):
+    model = small()
+    source = xm.open_image(scene())
+    expected = tokens_of(model, source, batch_size=3, readers=1)
+    ours = tokens_of(model, _SlowSource(source, readers), batch_size=batch_size, readers=readers)
+    assert list(ours) == list(expected)
+    for chunk, tokens in expected.items():
+        close(ours[chunk], tokens)
+        if batch_size == 3:
+            assert torch.equal(ours[chunk], tokens)
+
+
+def test_reading_ahead_is_bounded():
+    model = small()
+    source = _SlowSource(xm.open_image(scene(64, 64 * 40)))
+    ahead = []
+    for k, _ in enumerate(stream_chunks(model, source, batch_size=1, readers=2)):
+        ahead.append(source.reads - 3 * (k + 1))
+    assert max(ahead) <= 4 and source.most <= 2
+    assert source.reads == 40
+
+
+def test_an_abandoned_walk_stops_its_threads():
+    model = small()
+    source = _SlowSource(xm.open_image(scene(64, 64 * 40)))
+    walk = stream_chunks(model, source, batch_size=1)
+    next(walk)
+    walk.close()
+    reads = source.reads
+    time.sleep(0.1)
+    assert source.reads == reads < 40
+    assert not [t for t in threading.enumerate() if t.name.startswith("xt-reader")]
+
+
+def test_files_that_are_written(tmp_path):
+    model = small(num_classes=6)
+    source = xm.open_image(scene())
+    source.metadata |= {"crs": "EPSG:32633", "transform": [10, 0, 500, 0, -10, 900], "mpp": [0.5, 0.25]}
+    result = xm.stream(model, source, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "embedding.json", "preview.png", "tokens.zarr",
+    ]  # fmt: skip
+    array = zarr.open_array(str(tmp_path / "out" / "tokens.zarr"), mode="r")
+    assert array.shape == (7, 11, 32) and array.dtype == np.float32
+    attributes = dict(array.attrs)
+    assert attributes["stride"] == 32 and attributes["origin"] == [0, 0]
+    assert attributes["image_size"] == [200, 330]
+    assert attributes["crs"] == "EPSG:32633"
+    assert attributes["transform"] == [320, 0, 500, 0, -320, 900]
+    assert attributes["mpp"] == [16, 8]
+    record = json.loads((tmp_path / "out" / "embedding.json").read_text())
+    np.testing.assert_array_equal(np.float32(record["embedding"]), result.embedding)
+    assert sum(record["scores"]) == pytest.approx(1) and len(record["scores"]) == 6
+    assert record["top"][0][0] == int(result.logits.argmax())
+    assert record["stats"]["regions"] == 24 and record["stats"]["tokens"] == 77
+    assert result.stats.chunks == 8 and result.stats.regions_per_s > 0
+    assert result.stats.bytes_read > 0
+
+
+def test_preview_shows_the_image_beside_its_components(tmp_path):
+    pixels = np.zeros((256, 320, 3), np.uint8)
+    pixels[:128, :, 0] = 200  # upper half red, lower half blue
+    pixels[128:, :, 2] = 200
+    xm.stream(small(), pixels, tmp_path / "out")
+    picture = np.asarray(Image.open(tmp_path / "out" / "preview.png"))
+    assert picture.shape == (256, 320 + 8 + 320, 3)
+    assert (picture[:128, :320] == [200, 0, 0]).all()
+    assert (picture[128:, :320] == [0, 0, 200]).all()
+    right = picture[:, 328:].astype(int)
+    assert right.std() > 10
+    assert (right[:32, :32] == right[0, 0]).all(), "one token is one flat square"
+
+
+def test_training_mode_comes_back_and_nothing_is_recorded():
+    model = small().train()
+    result = xm.stream(model, scene(64, 64))
+    assert model.training and result.out is None
+    assert all(p.grad is None for p in model.parameters())
+
+
+def nothing_left(folder):
+    assert list(folder.iterdir()) == []
+
+
+def test_refuses_pixels_that_are_not_finite(tmp_path):
+    model = small(in_chans=2)
+    pixels = scene(150, 150, 2, np.float32)
+    pixels[70, 130, 1] = np.inf
+    source = xm.open_image(pixels, axes="HWC")
+    with pytest.raises(SourceError, match="found inf at row 70, column 130, band 2; choose a value"):
+        xm.stream(model, source, tmp_path / "out")
+    nothing_left(tmp_path)
+    filled = xm.stream(model, source, fill=0.0)
+    pixels[70, 130, 1] = 0
+    close(torch.from_numpy(filled.embedding), in_memory(model, pixels).embedding[0])
+
+
+def test_bands_are_chosen_or_refused():
+    model = small()
+    pixels = scene(70, 70, 5)
+    source = xm.open_image(pixels, axes="HWC")
+    with pytest.raises(ValueError, match="array has 5 bands and the model takes 3: choose 3 of them"):
+        xm.stream(model, source)
+    for bands in ([0, 1], [0, 1, 5], [-1, 0, 1]):
+        with pytest.raises(ValueError, match=r"bands must be 3 numbers in \[0, 5\)"):
+            xm.stream(model, source, bands=bands)
+    chosen = xm.stream(model, source, bands=[4, 0, 2])
+    expected = in_memory(model, np.ascontiguousarray(pixels[..., [4, 0, 2]]))
+    close(torch.from_numpy(chosen.embedding), expected.embedding[0])
+
+
+@pytest.mark.parametrize("name", ["batch_size", "readers"])
+def test_refuses_numbers_below_one(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        xm.stream(small(), scene(64, 64), **{name: 0})
+
+
+def test_output_that_exists_is_kept(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("kept")
+    with pytest.raises(FileExistsError, match="exists already: name another, or remove it"):
+        xm.stream(small(), scene(64, 64), tmp_path / "out")
+    assert (tmp_path / "out" / "mine").read_text() == "kept"
+    (tmp_path / "new.part").mkdir()
+    with pytest.raises(FileExistsError, match="another run is writing to it or was killed"):
+        xm.stream(small(), scene(64, 64), tmp_path / "new")
+    with pytest.raises(FileNotFoundError, match="does not exist: make it first"):
+        xm.stream(small(), scene(64, 64), tmp_path / "no" / "out")
+
+
+@pytest.mark.parametrize("fail_at", [1, 3])
+def test_a_failing_read_leaves_nothing(tmp_path, fail_at):
+    class Failing(_SlowSource, type(xm.open_image(scene(64, 64)))):
+        pass
+
+    source = Failing.__new__(Failing)
+    _SlowSource.__init__(source, xm.open_image(scene()), fail_at=fail_at)
+    for name in ("name", "height", "width", "bands", "dtype", "metadata"):
+        setattr(source, name, getattr(source._source, name))
+    with pytest.raises(SourceError, match="tile 7 of level 0 at byte 123 is corrupt"):
+        xm.stream(small(), source, tmp_path / "out", batch_size=1)
+    nothing_left(tmp_path)
+
+
+def test_an_interrupt_leaves_nothing(tmp_path):
+    def interrupt(count):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        xm.stream(small(), scene(), tmp_path / "out", progress=interrupt)
+    nothing_left(tmp_path)
+    assert not [t for t in threading.enumerate() if t.name.startswith("xt-reader")]
+
+
+def test_progress_counts_every_visit():
+    seen = []
+    model = small(tiling="two-stream")
+    xm.stream(model, scene(), batch_size=5, progress=seen.append)
+    assert sum(seen) == sum(len(s.regions) for s in model.walk(model.grid(200, 330))) == 24 + 6
+
+
+def test_plan_counts_what_the_run_then_does(tmp_path):
+    for model in (small(tiling="two-stream"), small("vit", chunk_regions=None), small(None)):
+        source = xm.open_image(scene())
+        plan = xm.plan(model, source, batch_size=4, out=tmp_path)
+        stats = xm.stream(model, source, batch_size=4).stats
+        assert (plan.regions, plan.visits, plan.tokens) == (24, stats.regions, stats.tokens)
+        assert plan.chunks == stats.chunks
+        assert plan.output_bytes == 7 * 11 * model.num_features * 4
+        assert plan.fits and plan.seconds > 0 and plan.memory > 0
+        assert 0 < plan.disk_free <= free_disk(tmp_path) * 1.5
+
+
+def test_plan_works_out_long_sequences_from_two_short_ones(monkeypatch):
+    def cost(model, tokens, device, dtype):
+        return 3e-6 * tokens + 2e-9 * tokens**2, 1000 * tokens
+
+    monkeypatch.setattr("xt_models.planning._mix_cost", cost)
+    source = xm.open_image(scene(64, 64))
+    source.height = source.width = 30_000
+    model = small("vit", chunk_regions=None, pool="mean")
+    plan, encode_only = xm.plan(model, source), xm.plan(small(None), source)
+    tokens = 938**2
+    assert plan.chunk_tokens == plan.tokens == tokens
+    attention = 3e-6 * tokens + 2e-9 * tokens**2
+    assert plan.seconds == pytest.approx(attention + encode_only.seconds, rel=0.3)
+    assert plan.memory > 1000 * tokens
+    monkeypatch.setattr("xt_models.planning.available_memory", lambda: 900 * tokens)
+    assert plan.fits and not xm.plan(model, source).fits
+
+
+def test_host_memory_is_measured():
+    reset_peak_rss()
+    base = current_rss()
+    block = np.ones(64 << 20, np.uint8)
+    assert peak_rss() - base > 60 << 20
+    del block
+    reset_peak_rss()
+    assert peak_rss() - base < 32 << 20
+    assert 0 < available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,68 @@
+"""What is installed and what the machine has, for `xt doctor`."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+from .host import available_memory, num_cpus
+
+_REQUIRED = (
+    "xt-kernels", "torch", "triton", "timm", "numpy", "tifffile", "imagecodecs", "zarr", "pillow",
+    "safetensors", "huggingface_hub",
+)  # fmt: skip
+
+_OPTIONAL = {
+    "rasterio": ("geo", "reads JPEG 2000, VRT and other formats of GDAL"),
+    "openslide-python": ("wsi", "reads whole-slide formats (SVS, NDPI, MRXS, ...)"),
+    "pytest-benchmark": ("bench", "runs the benchmarks in bench/"),
+    "matplotlib": ("bench", "draws the plots of the benchmark reports"),
+}
+
+
+def report() -> str:
+    """Versions, devices, optional parts and what each missing one is for, as lines of text."""
+    import torch
+
+    from .registry import list_models
+
+    lines = [f"python {platform.python_version()} on {platform.system()} {platform.machine()}"]
+    for name in _REQUIRED:
+        found = _version(name)
+        lines.append(f"  {name:<17} {found or 'MISSING: run pip install xt-kernels again'}")
+    lines.append("optional parts")
+    for name, (extra, purpose) in _OPTIONAL.items():
+        found = _version(name)
+        lines.append(
+            f"  {name:<17} "
+            + (found or f"not installed: {purpose}; pip install 'xt-kernels[{extra}]'")
+        )
+    lines.append("devices")
+    gib = available_memory() / 2**30
+    lines.append(f"  cpu               {num_cpus()} cores, {_cpu_name()}, {gib:.1f} GiB free")
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        lines.append(
+            f"  cuda:{i}            {properties.name}, {properties.total_memory / 2**30:.1f} GiB, "
+            f"sm_{properties.major}{properties.minor}"
+        )
+    if not torch.cuda.is_available():
+        lines.append("  cuda              none found; everything runs on the CPU")
+    lines.append("models")
+    lines += [f"  {name}" for name in list_models()]
+    return "\n".join(lines)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown processor"

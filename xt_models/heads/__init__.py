@@ -1,0 +1,5 @@
+"""Task heads."""
+
+from .classification import ClassificationHead, PlainHead
+
+__all__ = ["ClassificationHead", "PlainHead"]

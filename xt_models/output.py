@@ -1,0 +1,272 @@
+"""What a run leaves behind: token map (zarr), embedding and scores (JSON), preview (PNG)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import xt_kernels
+from xt_kernels.regions import RegionGrid
+
+if TYPE_CHECKING:
+    from .model import XT
+    from .source import ImageSource
+    from .streaming import StreamStats
+
+REGIONS_PER_BLOCK = 8
+"""Regions of one row in a block of the token map: 64 tokens wide at 256 px and stride 32, 1.5 MB at
+768 float32 channels, 1,470 files for 29,000 x 25,000 px."""
+
+PREVIEW_SIDE = 1024
+"""Pixels that the longer side of the preview's thumbnail has at most (more if tokens demand it)."""
+
+
+@contextmanager
+def OutputFolder(out: str | Path | None) -> Iterator[Path | None]:  # noqa: N802 - reads as a type
+    """A folder to fill, `<out>.part`, that becomes `out` at the end or vanishes on any failure.
+
+    Raises FileExistsError if `out` or `<out>.part` exists, FileNotFoundError without a parent folder,
+    PermissionError where it cannot be made.
+    """
+    if out is None:
+        yield None
+        return
+    final = Path(out)
+    part = check_output(final)
+    part.mkdir()
+    try:
+        yield part
+        os.rename(part, final)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def check_output(out: str | Path) -> Path:
+    """The `.part` folder beside `out`. Raises as `OutputFolder` does, and makes nothing."""
+    final = Path(out)
+    part = final.with_name(final.name + ".part")
+    if final.exists() or final.is_symlink():
+        raise FileExistsError(f"Output {final} exists already: name another, or remove it.")
+    if part.exists():
+        raise FileExistsError(
+            f"{part} exists: another run is writing to it or was killed; remove it if none runs."
+        )
+    parent = final.absolute().parent
+    if not parent.is_dir():
+        raise FileNotFoundError(f"Output folder {parent} does not exist: make it first.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"Output folder {parent} cannot be written to.")
+    return part
+
+
+class TokenMapWriter:
+    """Writes tokens as the zarr array `[rows, cols, C]`, float32, block by block as regions arrive.
+
+    A block holds `REGIONS_PER_BLOCK` neighbours of one region row; it is written once, when its last
+    region has come, so a row-major or zig-zag walk keeps at most three blocks in memory.
+    Tokens of one chunk come at a time, row-major over the chunk.
+    """
+
+    def __init__(self, path: Path, model: XT, grid: RegionGrid, source: ImageSource) -> None:
+        import zarr
+
+        self._grid, self._stride = grid, model.stride
+        self._side = grid.region // model.stride
+        rows, cols = grid.token_shape(model.stride)
+        self._array = zarr.create_array(
+            str(path),
+            shape=(rows, cols, model.num_features),
+            chunks=(self._side, self._side * REGIONS_PER_BLOCK, model.num_features),
+            dtype="float32",
+            attributes=token_map_attributes(model, source),
+        )
+        self._blocks: dict[tuple[int, int], tuple[np.ndarray[Any, Any], int]] = {}
+
+    def add(self, regions: Sequence[int], tokens: torch.Tensor) -> None:
+        """tokens: `[L, C]`, those of `regions` in row order."""
+        values = tokens.detach().float().cpu().contiguous()
+        channels = values.shape[1]
+        placement = self._grid.placement(tuple(regions), self._stride)
+        for region, slot in placement.slots.items():
+            start, pitch, height, width, row, col = placement.table[slot].tolist()
+            part = values.as_strided(
+                (height, width, channels), (pitch * channels, channels, 1), start * channels
+            )
+            key = (region // self._grid.cols, region % self._grid.cols // REGIONS_PER_BLOCK)
+            block, missing = self._blocks.pop(key, None) or self._new_block(key)
+            top, left = key[0] * self._side, key[1] * self._side * REGIONS_PER_BLOCK
+            block[row - top : row - top + height, col - left : col - left + width] = part.numpy()
+            if missing > 1:
+                self._blocks[key] = block, missing - 1
+            else:
+                self._array[top : top + block.shape[0], left : left + block.shape[1]] = block
+
+    def close(self) -> None:
+        """Checks that every block was written."""
+        if self._blocks:
+            raise RuntimeError(f"token map: {len(self._blocks)} blocks never became complete.")
+
+    def _new_block(self, key: tuple[int, int]) -> tuple[np.ndarray[Any, Any], int]:
+        rows, cols, channels = self._array.shape
+        top, left = key[0] * self._side, key[1] * self._side * REGIONS_PER_BLOCK
+        shape = (
+            min(self._side, rows - top),
+            min(self._side * REGIONS_PER_BLOCK, cols - left),
+            channels,
+        )
+        members = min(REGIONS_PER_BLOCK, self._grid.cols - key[1] * REGIONS_PER_BLOCK)
+        return np.empty(shape, dtype=np.float32), members
+
+
+def token_map_attributes(model: XT, source: ImageSource) -> dict[str, Any]:
+    """Where the token map lies: token (i, j) covers pixels [i * stride, (i + 1) * stride) down and the
+    same across, from `origin`. `transform` (6 affine numbers) and `mpp` are those of the token map."""
+    stride = model.stride
+    out: dict[str, Any] = {
+        "stride": stride,
+        "origin": [0, 0],
+        "image": source.name,
+        "image_size": [source.height, source.width],
+        "xt_kernels": xt_kernels.__version__,
+        "config": asdict(model.config),
+    }
+    if "crs" in source.metadata:
+        out["crs"] = source.metadata["crs"]
+    if "transform" in source.metadata:
+        a, b, c, d, e, f = source.metadata["transform"]
+        out["transform"] = [a * stride, b * stride, c, d * stride, e * stride, f]
+    if "mpp" in source.metadata:
+        out["mpp"] = [v * stride for v in source.metadata["mpp"]]
+    return out
+
+
+def write_embedding(
+    path: Path,
+    model: XT,
+    source: ImageSource,
+    embedding: np.ndarray[Any, Any],
+    logits: np.ndarray[Any, Any] | None,
+    stats: StreamStats,
+) -> None:
+    """Writes the image embedding, the class scores and what the run cost as JSON."""
+    record: dict[str, Any] = {
+        "image": source.name,
+        "image_size": [source.height, source.width],
+        "config": asdict(model.config),
+        "embedding": embedding.tolist(),
+        "stats": asdict(stats) | {"regions_per_s": stats.regions_per_s},
+    }
+    if logits is not None:
+        record |= class_scores(logits)
+    path.write_text(json.dumps(record, indent=1))
+
+
+def class_scores(logits: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """Softmax scores of all classes, and the five best as [class, score]."""
+    scores = torch.from_numpy(logits).double().softmax(0)
+    best = scores.topk(min(5, len(scores)))
+    return {
+        "scores": scores.tolist(),
+        "top": [[int(i), float(s)] for i, s in zip(best.indices, best.values, strict=True)],
+    }
+
+
+class Thumbnail:
+    """A small picture of the image, averaged from the regions as they pass by.
+
+    One pixel covers `cell` x `cell` image pixels; `cell` divides the encoder's stride. uint8 images
+    keep their colours; others are stretched from the 1st to the 99th percentile.
+    """
+
+    def __init__(self, grid: RegionGrid, model: XT, source: ImageSource) -> None:
+        longer, stride = max(grid.height, grid.width), model.stride
+        divisors = [d for d in range(1, stride + 1) if stride % d == 0]
+        self.cell = next((d for d in divisors if longer <= d * PREVIEW_SIDE), stride)
+        self._grid = grid
+        self._is_uint8 = source.dtype == np.uint8
+        mean, std = model.normalization(torch.uint8 if source.dtype.kind == "u" else torch.float32)
+        self._mean = torch.tensor(mean or [0.0])[:3, None, None]
+        self._std = torch.tensor(std or [1.0])[:3, None, None]
+        self.pixels: torch.Tensor | None = None
+
+    def add(self, ids: Sequence[int], regions: torch.Tensor) -> None:
+        """regions: `[R, C, s, s]`, normalised; the first three bands are shown."""
+        small = F.avg_pool2d(regions[:, :3].float(), self.cell).cpu() * self._std + self._mean
+        if self.pixels is None:
+            height, width = (-(-n // self.cell) for n in (self._grid.height, self._grid.width))
+            self.pixels = small.new_zeros(small.shape[1], height, width)
+        side = self._grid.region // self.cell
+        for index, part in zip(ids, small, strict=True):
+            top, left = (index // self._grid.cols * side, index % self._grid.cols * side)
+            place = self.pixels[:, top : top + side, left : left + side]
+            place.copy_(part[:, : place.shape[1], : place.shape[2]])
+
+    def rgb(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The picture, `[h, w, 3]`: one band shows as grey, two as red and green."""
+        assert self.pixels is not None
+        values = self.pixels.numpy()
+        if len(values) < 3:
+            blank = values[:1] if len(values) == 1 else np.zeros_like(values[:1])
+            values = np.concatenate([values, *[blank] * (3 - len(values))])
+        values = values.transpose(1, 2, 0)
+        if self._is_uint8:
+            return (values.clip(0, 1) * 255).round().astype(np.uint8)
+        return _stretch(values, (0, 1, 2))
+
+
+def write_preview(
+    path: Path, tokens: Path, thumbnail: Thumbnail, model: XT, source: ImageSource
+) -> None:
+    """Writes the thumbnail and, right of it, the token map's first three principal components as RGB.
+
+    The components are found on at most 4,096 tokens spread over the map, then the map is projected
+    row block by row block.
+    """
+    import zarr
+    from PIL import Image
+
+    array = zarr.open_array(str(tokens), mode="r")
+    rows, cols, channels = array.shape
+    step = array.chunks[0]
+    every = max(1, int(np.ceil((rows * cols / 4096) ** 0.5)))
+
+    def band(top: int) -> np.ndarray[Any, Any]:
+        return np.asarray(array[top : top + step])
+
+    sample = np.concatenate(
+        [
+            band(top)[(-top) % every :: every, ::every].reshape(-1, channels)
+            for top in range(0, rows, step)
+        ]
+    ).astype(np.float64)
+    mean = sample.mean(0)
+    values, vectors = np.linalg.eigh((sample - mean).T @ (sample - mean))
+    axes = vectors[:, ::-1][:, :3]
+    # An eigenvector has no sign of its own: the largest entry is made positive.
+    axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])
+    projected = np.concatenate(
+        [(band(top) - mean.astype(np.float32)) @ axes.astype(np.float32) for top in range(0, rows, step)]
+    )
+    projected = np.pad(projected, ((0, 0), (0, 0), (0, 3 - projected.shape[2])))
+    left = thumbnail.rgb()
+    side = model.stride // thumbnail.cell
+    right = _stretch(projected, (0, 1)).repeat(side, 0).repeat(side, 1)[: left.shape[0], : left.shape[1]]
+    gap = np.full((left.shape[0], 8, 3), 255, dtype=np.uint8)
+    Image.fromarray(np.concatenate([left, gap, right], axis=1)).save(path)
+
+
+def _stretch(values: np.ndarray[Any, Any], axes: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    low, high = np.percentile(values, [1, 99], axis=axes, keepdims=True)
+    scaled = (values - low) / np.maximum(high - low, 1e-12)
+    return (scaled.clip(0, 1) * 255).round().astype(np.uint8)
