@@ -198,7 +198,7 @@ def predict(image: Path, out: Path | None, num_classes: int, **options: Any) -> 
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to make; default xt-demo.")
 def demo(out: Path | None) -> None:
     """Builds a large image from a photograph, plans and embeds it. No network, no arguments."""
-    from .demo import photograph_name, write_scene
+    from .demo import PHOTOGRAPH, write_scene
     from .output import check_output
     from .source import open_image
 
@@ -208,7 +208,7 @@ def demo(out: Path | None) -> None:
     check_output(out).parent.mkdir(parents=True, exist_ok=True)
     out.mkdir()
     scene = out / "scene.tif"
-    click.echo(f"Building {scene} from {photograph_name()}")
+    click.echo(f"Building {scene} from {PHOTOGRAPH}")
     write_scene(scene)
     with open_image(scene) as source:
         options = {**_DEMO_OPTIONS, "batch_size": 16, "readers": 2, "bands": None, "fill": None}

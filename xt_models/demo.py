@@ -11,24 +11,21 @@ import numpy as np
 
 WIDTH = 8192
 TILE = 256
-_PHOTOGRAPH = "hubble_deep_field.jpg"
+FILE = "hubble_deep_field.jpg"
+PHOTOGRAPH = "the Hubble eXtreme Deep Field (NASA, ESA; public domain)"
 
 
-def photograph_name() -> str:
-    """What the scene shows, with its source."""
-    return "the Hubble eXtreme Deep Field (NASA, ESA; public domain)"
+def write_scene(path: Path) -> None:
+    """Writes the photograph, enlarged to `WIDTH` pixels, as a tiled JPEG TIFF.
 
-
-def write_scene(path: Path, width: int = WIDTH) -> tuple[int, int]:
-    """Writes the photograph, enlarged to `width` pixels, as a tiled JPEG TIFF.
-
-    One band of tiles is in memory at a time. Returns (height, width).
+    One band of tiles is in memory at a time.
     """
     import tifffile
     from PIL import Image
 
-    with as_file(files("xt_models") / "assets" / _PHOTOGRAPH) as file, Image.open(file) as image:
+    with as_file(files("xt_models") / "assets" / FILE) as file, Image.open(file) as image:
         photo = image.convert("RGB")
+    width = WIDTH
     height = photo.height * width // photo.width
     scale = photo.width / width
 
@@ -41,8 +38,9 @@ def write_scene(path: Path, width: int = WIDTH) -> tuple[int, int]:
             for left in range(0, width, TILE):
                 yield np.ascontiguousarray(band[:, left : left + TILE])
 
+    part = path.with_name(path.name + ".part")
     tifffile.imwrite(
-        path,
+        part,
         tiles(),
         shape=(height, width, 3),
         dtype=np.uint8,
@@ -52,4 +50,4 @@ def write_scene(path: Path, width: int = WIDTH) -> tuple[int, int]:
         compressionargs={"level": 92},
         metadata=None,
     )
-    return height, width
+    part.rename(path)

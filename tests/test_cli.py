@@ -1,0 +1,277 @@
+"""The command line as a user meets it: what it prints, what it leaves, how it refuses."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import zarr
+from click.testing import CliRunner
+
+from xt_models.cli import main
+
+SMALL = ["--encoder", "convnext_atto", "--region", "64", "--chunk-regions", "3"]
+XT = [sys.executable, "-c", "from xt_models.cli import main; main(prog_name='xt')"]
+
+
+@pytest.fixture
+def scene(tmp_path):
+    path = tmp_path / "scene.tif"
+    pixels = np.random.default_rng(0).integers(0, 256, (150, 210, 3), dtype=np.uint8)
+    tifffile.imwrite(path, pixels, tile=(64, 64), compression="deflate", photometric="rgb")
+    return path
+
+
+def xt(*words):
+    return CliRunner().invoke(main, [str(w) for w in words])
+
+
+def refused(result, message):
+    assert result.exit_code != 0
+    assert "Traceback" not in result.output
+    assert re.search(message, result.output), result.output
+    lines = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, result.output
+
+
+def test_help_answers_within_half_a_second():
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        out = subprocess.run([*XT, "--help"], capture_output=True, text=True, check=True).stdout
+        times.append(time.perf_counter() - start)
+    for command in ("demo", "doctor", "info", "plan", "embed", "predict"):
+        assert f"\n  {command} " in out
+    assert min(times) < 0.5, times
+
+
+def test_importing_the_kernels_is_light():
+    code = "import sys, xt_kernels; print([m for m in ('timm', 'triton', 'tifffile', 'zarr') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_doctor_tells_versions_devices_and_missing_parts(monkeypatch):
+    monkeypatch.setattr("xt_models.doctor._OPTIONAL", {"no-such-package": ("geo", "reads maps")})
+    out = xt("doctor").output
+    assert re.search(r"torch +\d", out) and re.search(r"cpu +\d+ cores", out)
+    assert "not installed: reads maps; pip install 'xt-kernels[geo]'" in out
+    assert "xt_swinv2_tiny_256" in out
+
+
+def test_info(scene):
+    out = xt("info", scene).output
+    assert "150 x 210 px" in out and "3 x uint8" in out and "64 x 64 px" in out
+
+
+def test_plan_tells_the_same_counts_as_embed(scene, tmp_path):
+    plan = xt("plan", scene, *SMALL)
+    assert plan.exit_code == 0, plan.output
+    for fact in ("3 x 4 of 64 px = 12", "tokens           35", "expected time", "expected memory", "fits             yes"):
+        assert fact in plan.output
+    assert "random weights (seed 0)" in plan.output
+    embed = xt("embed", scene, "-o", tmp_path / "out", *SMALL)
+    assert embed.exit_code == 0, embed.output
+    assert re.search(r"regions +12\n", embed.output) and re.search(r"tokens +35\n", embed.output)
+    assert "regions/s" in embed.output and "above the loaded model" in embed.output
+
+
+def test_plan_says_when_it_does_not_fit(scene, monkeypatch):
+    monkeypatch.setattr("xt_models.planning.free_disk", lambda path: 10)
+    result = xt("plan", scene, *SMALL)
+    assert "fits             no" in result.output
+    refused(result, "does not fit")
+
+
+def test_embed_is_reproducible_and_takes_its_options(scene, tmp_path):
+    for name in ("a", "b"):
+        result = xt("embed", scene, "-o", tmp_path / name, *SMALL, "--batch-size", 5, "--readers", 1)
+        assert result.exit_code == 0, result.output
+    maps = [zarr.open_array(str(tmp_path / n / "tokens.zarr"), mode="r") for n in ("a", "b")]
+    np.testing.assert_array_equal(maps[0][:], maps[1][:])
+    result = xt(
+        "embed", scene, "-o", tmp_path / "c", *SMALL, "--tiling", "zigzag", "--memory-chunks", 2,
+        "--bands", "3,1", "--mean", "0.2,0.3", "--std", "1,2", "--seed", 4, "--no-preview",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    config = dict(zarr.open_array(str(tmp_path / "c" / "tokens.zarr"), mode="r").attrs)["config"]
+    assert config["tiling"] == "zigzag" and config["memory_chunks"] == 2
+    assert config["in_chans"] == 2 and config["mean"] == [0.2, 0.3] and config["std"] == [1, 2]
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["embedding.json", "tokens.zarr"]
+
+
+@pytest.mark.parametrize("context", ["xl", "hyper", "vit", "none"])
+def test_predict_prints_scores(scene, context):
+    result = xt("predict", scene, *SMALL, "--context", context, "--num-classes", 7)
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert len(record["scores"]) == 7 and sum(record["scores"]) == pytest.approx(1)
+    assert record["top"][0][1] == max(record["scores"])
+
+
+def test_predict_with_a_saved_model_into_a_file(scene, tmp_path):
+    import xt_models as xm
+
+    with pytest.warns(UserWarning, match="random weights"):
+        model = xm.create_model("convnext_atto", region=64, dim=32, num_heads=2, num_classes=4)
+    model.save_pretrained(tmp_path / "model")
+    result = xt("predict", scene, "--model", tmp_path / "model", "-o", tmp_path / "scores.json")
+    assert result.exit_code == 0, result.output
+    assert "random weights" not in result.output
+    record = json.loads((tmp_path / "scores.json").read_text())
+    expected = xm.stream(model, scene).logits
+    assert record["top"][0][0] == int(expected.argmax())
+    refused(xt("predict", scene, "--model", tmp_path), "must be a folder with config.json")
+    refused(
+        xt("predict", scene, "--model", tmp_path / "model", "-o", tmp_path / "scores.json"),
+        "exists already",
+    )
+    refused(
+        xt("predict", scene, "--model", tmp_path / "model", "--bands", "1,2"),
+        r"bands must be 3 numbers in \[0, 3\), got \[0, 1\]",
+    )
+
+
+def test_a_demo_sized_scene_runs_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("xt_models.demo.WIDTH", 640)
+    monkeypatch.chdir(tmp_path)
+    result = xt("demo")
+    assert result.exit_code == 0, result.output
+    assert sorted(p.name for p in (tmp_path / "xt-demo").iterdir()) == ["embedding", "scene.tif"]
+    assert "558 x 640 px" in result.output and "regions/s" in result.output
+    assert (tmp_path / "xt-demo" / "embedding" / "preview.png").is_file()
+    assert xt("demo").exit_code == 0
+    assert (tmp_path / "xt-demo-2").is_dir()
+
+
+def damaged(tmp_path, kind):
+    path = tmp_path / "bad.tif"
+    pixels = np.random.default_rng(0).integers(0, 256, (150, 210, 3), dtype=np.uint8)
+    if kind == "missing":
+        return path
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("no image at all\n" * 30)
+    elif kind == "zero size":
+        path = tmp_path / "bad.npy"
+        np.save(path, np.zeros((0, 5, 3), np.uint8))
+    else:
+        tifffile.imwrite(path, pixels, tile=(64, 64), photometric="rgb", compression="deflate")
+        size = path.stat().st_size
+        if kind == "truncated":
+            os.truncate(path, size // 2)
+        elif kind == "corrupt tile":
+            with tifffile.TiffFile(path) as file:
+                offset = file.pages[0].dataoffsets[5]
+            with path.open("r+b") as raw:
+                raw.seek(offset)
+                raw.write(b"\xff" * 64)
+    return path
+
+
+BAD_HEADERS = ["missing", "directory", "empty", "text", "zero size", "truncated"]
+
+
+@pytest.mark.parametrize(
+    "command, kind",
+    [(command, kind) for command in ("embed", "plan", "info", "predict") for kind in BAD_HEADERS]
+    + [("embed", "corrupt tile"), ("predict", "corrupt tile")],
+)
+def test_bad_files_end_in_one_sentence(command, kind, tmp_path):
+    path = damaged(tmp_path, kind)
+    before = sorted(tmp_path.iterdir())
+    words = {"embed": ["-o", tmp_path / "out", *SMALL], "info": []}.get(command, SMALL)
+    refused(xt(command, path, *words), re.escape(path.name))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--encoder", "no_such_net"], "must be a timm model, got 'no_such_net'"),
+        (["--encoder", "convnext_atto", "--region", "65"], "multiple of the stride 32"),
+        (["--encoder", "convnext_atto", "--bands", "1,4,2"], r"bands must be 3 numbers in \[0, 3\)"),
+        (["--encoder", "convnext_atto", "--mean", "1"], "mean must be in_chans = 3 numbers"),
+        (["--encoder", "convnext_atto", "--device", "cuda:7"], "--device must be cpu where no CUDA|cuda"),
+        (["--bands", "a,b"], "expected numbers like 1,2,3, got 'a,b'"),
+        (["--bands", "0,1,2"], "expected numbers of at least 1"),
+        (["--context", "lstm"], "'lstm' is not one of"),
+        (["--context", "vit", "--tiling", "two-stream"], "tiling must be 'row' or 'zigzag' unless"),
+        (["--batch-size", "0"], "0 is not in the range"),
+    ],
+)
+def test_bad_options_end_in_one_sentence(words, message, scene, tmp_path):
+    refused(xt("embed", scene, "-o", tmp_path / "out", *words), message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_is_checked_before_any_work(scene, tmp_path):
+    (tmp_path / "out").mkdir()
+    start = time.perf_counter()
+    refused(xt("embed", scene, "-o", tmp_path / "out"), "out exists already")
+    refused(xt("embed", scene, "-o", tmp_path / "no" / "out"), "no does not exist: make it first")
+    refused(xt("embed", scene, "-o", scene / "out"), "does not exist: make it first")
+    assert time.perf_counter() - start < 2
+
+
+def run_whole(scene, out, *words, **kwargs):
+    command = [*XT, "embed", str(scene), "-o", str(out), *SMALL, *words]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+    )
+
+
+@pytest.fixture
+def long_scene(tmp_path):
+    path = tmp_path / "long.tif"
+    tifffile.imwrite(
+        path, shape=(64 * 600, 640, 3), dtype=np.uint8, tile=(64, 64), photometric="rgb",
+        data=(np.zeros((64, 64, 3), np.uint8) for _ in range(6000)), compression="deflate",
+    )  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopping_leaves_nothing_half_written(number, code, long_scene, tmp_path):
+    process = run_whole(long_scene, tmp_path / "out")
+    part = tmp_path / "out.part" / "tokens.zarr"
+    limit = time.monotonic() + 60
+    while not (part / "c").exists() and time.monotonic() < limit and process.poll() is None:
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == code, err
+    assert "Traceback" not in out + err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["long.tif"]
+
+
+def test_a_full_disk_leaves_nothing(scene, tmp_path):
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+    process = run_whole(scene, tmp_path / "out", preexec_fn=limit)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in out + err and "File too large" in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["scene.tif"]
+
+
+def test_traceback_on_request(scene, tmp_path):
+    environment = os.environ | {"XT_TRACEBACK": "1"}
+    command = [*XT, "info", str(tmp_path / "none.tif")]
+    err = subprocess.run(command, capture_output=True, text=True, env=environment).stderr
+    assert "Traceback" in err
+    assert Path(scene).exists()
