@@ -24,7 +24,7 @@ def run(encoder, chunks):
 def unrolled(encoder, chunks):
     """The recurrence written from its equation: plain softmax over the concatenation."""
     m = encoder.memory_chunks
-    inputs = [[chunk for chunk in chunks]]
+    inputs = [list(chunks)]
     for layer in encoder.layers:
         attention, current = layer.mixer, inputs[-1]
         outs = []
@@ -34,8 +34,8 @@ def unrolled(encoder, chunks):
             w, b = attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3)
             length, total = x.shape[1], seen.shape[1]
 
-            def heads(t):
-                return t.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+            def heads(t, number=attention.num_heads):
+                return t.unflatten(-1, (number, -1)).transpose(1, 2)
 
             q, key, v = (
                 heads(t @ wi.T + bi)
@@ -87,7 +87,9 @@ def test_memory_is_a_value(tmp_path):
     _, memory = encoder(chunks[0])
     before = [m.clone() for m in memory]
     expected, _ = encoder(chunks[1], memory)
-    assert all(torch.equal(a, b) for a, b in zip(before, memory, strict=True)), "memory was written to"
+    assert all(torch.equal(a, b) for a, b in zip(before, memory, strict=True)), (
+        "memory was written to"
+    )
     torch.save(memory, tmp_path / "memory.pt")
     loaded = torch.load(tmp_path / "memory.pt", weights_only=True)
     assert torch.equal(encoder(chunks[1], loaded)[0], expected)

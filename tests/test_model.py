@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from itertools import pairwise
 
 import pytest
 import timm
@@ -27,7 +28,9 @@ def small(context="xl", **kwargs):
 
 def image(height, width, bands=3, seed=0, batch=1):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (batch, bands, height, width), dtype=torch.uint8, generator=generator)
+    return torch.randint(
+        0, 256, (batch, bands, height, width), dtype=torch.uint8, generator=generator
+    )
 
 
 def forward(model, pixels):
@@ -37,7 +40,12 @@ def forward(model, pixels):
 
 @pytest.mark.parametrize(
     "size, plain, hyper",
-    [("tiny", 30.82, 47.27), ("small", 52.20, 68.65), ("base", 92.26, 106.78), ("large", 206.40, 215.48)],
+    [
+        ("tiny", 30.82, 47.27),
+        ("small", 52.20, 68.65),
+        ("base", 92.26, 106.78),
+        ("large", 206.40, 215.48),
+    ],
 )
 def test_parameter_counts_are_those_of_the_paper(size, plain, hyper):
     for context, millions in ((None, plain), ("hyper", hyper)):
@@ -167,7 +175,10 @@ def test_two_stream_lets_early_chunks_see_late_ones():
     pixels = image(64, 64 * 5)
     first = [forward(m, pixels).tokens[:, :2] for m in (row, two)]
     pixels[..., -1] = 255 - pixels[..., -1]
-    moved = [not torch.equal(forward(m, pixels).tokens[:, :2], f) for m, f in zip((row, two), first, strict=True)]
+    moved = [
+        not torch.equal(forward(m, pixels).tokens[:, :2], f)
+        for m, f in zip((row, two), first, strict=True)
+    ]
     assert moved == [False, True]
 
 
@@ -246,12 +257,21 @@ def test_names():
     "call, message",
     [
         (lambda: xm.create_model("xt_swinv9_tiny_256"), "name must be one of xt_swinv2_tiny_256"),
-        (lambda: xm.create_model("convnext_attto"), "must be a timm model, got 'convnext_attto'. Near"),
-        (lambda: small(context="lstm"), "context must be one of xl, hyper, vit or None, got 'lstm'"),
+        (
+            lambda: xm.create_model("convnext_attto"),
+            "must be a timm model, got 'convnext_attto'. Near",
+        ),
+        (
+            lambda: small(context="lstm"),
+            "context must be one of xl, hyper, vit or None, got 'lstm'",
+        ),
         (lambda: small(colour=1), "unknown field colour"),
         (lambda: small(region=65), "multiple of the stride 32 of convnext_atto, got 65"),
         (lambda: small(tiling="spiral"), "tiling must be one of row, zigzag, two-stream"),
-        (lambda: small("vit", chunk_regions=None, pool="mean", tiling="two-stream"), "tiling must be"),
+        (
+            lambda: small("vit", chunk_regions=None, pool="mean", tiling="two-stream"),
+            "tiling must be",
+        ),
         (lambda: small(pool="token"), "pool must be 'mean' unless"),
         (lambda: small(mean=(0.5,)), "mean must be in_chans = 3 numbers"),
         (lambda: small(std=(0.5, 0.0, 1.0)), "std must be positive"),
@@ -275,7 +295,7 @@ def test_walks_visit_every_region_once():
         assert [i for s in steps for i in s.regions] == order
         assert [len(s.regions) for s in steps] == [4, 4, 4, 3]
     zigzag = visit_order(grid, "zigzag")
-    assert all(abs(a - b) in (1, grid.cols) for a, b in zip(zigzag, zigzag[1:], strict=False))
+    assert all(abs(a - b) in (1, grid.cols) for a, b in pairwise(zigzag))
     assert zigzag[3:6] == [5, 4, 3]
 
 

@@ -1,5 +1,6 @@
-"""Streaming equals the in-memory model, whatever the batches, threads and order of reads; its outputs
-are whole or absent."""
+"""Streaming equals the in-memory model, whatever the batches, threads and order of reads; its
+outputs are whole or absent.
+"""
 
 import json
 import os
@@ -80,7 +81,9 @@ def test_streamed_equals_in_memory_for_every_context(context, options, tmp_path)
     close(torch.from_numpy(result.logits), expected.logits[0])
 
 
-@pytest.mark.parametrize("bands, dtype", [(1, np.uint8), (2, np.float32), (3, np.uint16), (5, np.uint8)])
+@pytest.mark.parametrize(
+    "bands, dtype", [(1, np.uint8), (2, np.float32), (3, np.uint16), (5, np.uint8)]
+)
 def test_any_bands_and_types(bands, dtype, tmp_path):
     model = small(in_chans=bands)
     pixels = scene(90, 150, bands, dtype)
@@ -160,7 +163,11 @@ def test_an_abandoned_walk_stops_its_threads():
 def test_files_that_are_written(tmp_path):
     model = small(num_classes=6)
     source = xm.open_image(scene())
-    source.metadata |= {"crs": "EPSG:32633", "transform": [10, 0, 500, 0, -10, 900], "mpp": [0.5, 0.25]}
+    source.metadata |= {
+        "crs": "EPSG:32633",
+        "transform": [10, 0, 500, 0, -10, 900],
+        "mpp": [0.5, 0.25],
+    }
     result = xm.stream(model, source, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
@@ -213,7 +220,9 @@ def test_refuses_pixels_that_are_not_finite(tmp_path):
     pixels = scene(150, 150, 2, np.float32)
     pixels[70, 130, 1] = np.inf
     source = xm.open_image(pixels, axes="HWC")
-    with pytest.raises(SourceError, match="found inf at row 70, column 130, band 2; choose a value"):
+    with pytest.raises(
+        SourceError, match="found inf at row 70, column 130, band 2; choose a value"
+    ):
         xm.stream(model, source, tmp_path / "out")
     nothing_left(tmp_path)
     filled = xm.stream(model, source, fill=0.0)
@@ -225,7 +234,9 @@ def test_bands_are_chosen_or_refused():
     model = small()
     pixels = scene(70, 70, 5)
     source = xm.open_image(pixels, axes="HWC")
-    with pytest.raises(ValueError, match="array has 5 bands and the model takes 3: choose 3 of them"):
+    with pytest.raises(
+        ValueError, match="array has 5 bands and the model takes 3: choose 3 of them"
+    ):
         xm.stream(model, source)
     for bands in ([0, 1], [0, 1, 5], [-1, 0, 1]):
         with pytest.raises(ValueError, match=r"bands must be 3 numbers in \[0, 5\)"):

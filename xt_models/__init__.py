@@ -1,4 +1,4 @@
-"""Models that see very large images: regions, stitched tokens, context, head; streamed from a file."""
+"""Models that see very large images: regions, stitched tokens, context, head; streamed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line, `xt`. Only click is imported at the top, so that `xt --help` answers at once."""
+"""The command line, `xt`. Only click is imported at the top: `xt --help` answers at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class _Group(click.Group):
-    """Turns any failure into one sentence and an exit code; XT_TRACEBACK=1 shows where it came from."""
+    """Turns any failure into one sentence and an exit code; XT_TRACEBACK=1 shows the rest."""
 
     def invoke(self, ctx: click.Context) -> Any:
         signal.signal(signal.SIGTERM, _on_sigterm)
@@ -77,22 +77,27 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         [
             click.option("--encoder", default="swinv2_tiny", show_default=True,
-                         help="Region encoder: a short name (xt doctor lists them) or any timm model."),
+                         help="Region encoder: short name (see xt doctor) or timm model."),
             click.option("--context", default="xl", show_default=True,
-                         type=click.Choice(["xl", "hyper", "vit", "none"]), help="Context encoder."),
+                         type=click.Choice(["xl", "hyper", "vit", "none"]),
+                         help="Context encoder."),
             click.option("--model", "model_dir", type=click.Path(path_type=Path),
                          help="Folder of a saved model; replaces the options that define one."),
-            click.option("--pretrained", is_flag=True, help="timm's weights for the region encoder."),
+            click.option("--pretrained", is_flag=True, 
+                         help="timm's weights for the region encoder."),
             click.option("--region", type=click.IntRange(1), help="Side of the regions, pixels."),
             click.option("--chunk-regions", type=click.IntRange(0),
                          help="Regions a chunk of the context encoder; 0 is the whole image."),
-            click.option("--memory-chunks", type=click.IntRange(1), help="Chunks that XL remembers."),
+            click.option("--memory-chunks", type=click.IntRange(1),
+                         help="Chunks that XL remembers."),
             click.option("--tiling", type=click.Choice(["row", "zigzag", "two-stream"]),
                          help="Order of the chunks."),
-            click.option("--mean", callback=_numbers(float), help="One number a band, e.g. .5,.4,.4"),
+            click.option("--mean", callback=_numbers(float), help="One number a band: .5,.4,.4"),
             click.option("--std", callback=_numbers(float), help="One number a band."),
-            click.option("--seed", type=int, default=0, show_default=True, help="Of random weights."),
-            click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1"),
+            click.option("--seed", type=int, default=0, show_default=True,
+                         help="Of random weights."),
+            click.option("--device", default="auto", show_default=True,
+                         help="auto, cpu, cuda, cuda:1"),
             click.option("--bands", callback=_numbers(int, 1),
                          help="Bands to use, numbered from 1, e.g. 4,3,2."),
             click.option("--fill", type=float, help="Value for NaN and infinite pixels."),
@@ -120,7 +125,10 @@ def info(image: Path) -> None:
             ("file", source.name),
             ("size", f"{source.height:,} x {source.width:,} px (height x width)"),
             ("bands", f"{source.bands} x {source.dtype}"),
-            ("in memory", _bytes(source.height * source.width * source.bands * source.dtype.itemsize)),
+            (
+                "in memory",
+                _bytes(source.height * source.width * source.bands * source.dtype.itemsize),
+            ),
             ("levels", ", ".join(f"{h:,} x {w:,}" for h, w in source.level_sizes)),
             ("block", f"{source.block[0]:,} x {source.block[1]:,} px"),
             *source.metadata.items(),
@@ -130,7 +138,9 @@ def info(image: Path) -> None:
 
 @main.command("plan")
 @_image
-@click.option("-o", "--out", default=".", type=click.Path(path_type=Path), help="Where results would go.")
+@click.option(
+    "-o", "--out", default=".", type=click.Path(path_type=Path), help="Where results would go."
+)
 @_model_options
 def plan_(image: Path, out: Path, **options: Any) -> None:
     """What embedding FILE would take: regions, tokens, memory, time, and whether it fits."""
@@ -161,7 +171,9 @@ def embed(image: Path, out: Path, preview: bool, **options: Any) -> None:
 
 @main.command()
 @_image
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="JSON file; default is the screen.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="JSON file; default is the screen."
+)
 @click.option("--num-classes", type=click.IntRange(1), default=10, show_default=True,
               help="Classes of a new head (a saved model has its own).")  # fmt: skip
 @_model_options
@@ -176,7 +188,9 @@ def predict(image: Path, out: Path | None, num_classes: int, **options: Any) -> 
     with _opened(image) as source:
         model = _model(source, options, num_classes=num_classes)
         if model.head is None:
-            raise click.ClickException(f"The model in {options['model_dir']} has no head (num_classes 0).")
+            raise click.ClickException(
+                f"The model in {options['model_dir']} has no head (num_classes 0)."
+            )
         result = _run(model, source, None, options)
         assert result.logits is not None
         record = {"image": source.name, "embedding": result.embedding.tolist()}
@@ -195,7 +209,9 @@ def predict(image: Path, out: Path | None, num_classes: int, **options: Any) -> 
 
 
 @main.command()
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to make; default xt-demo.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="Folder to make; default xt-demo."
+)
 def demo(out: Path | None) -> None:
     """Builds a large image from a photograph, plans and embeds it. No network, no arguments."""
     from .demo import PHOTOGRAPH, write_scene
@@ -217,7 +233,9 @@ def demo(out: Path | None) -> None:
         _table(_plan_rows(plan))
         result = _run(model, source, out / "embedding", options)
     _table(_stats_rows(result.stats))
-    click.echo(f"Look at {out}/embedding/preview.png: the scene, and its tokens' first three principal")
+    click.echo(
+        f"Look at {out}/embedding/preview.png: the scene, and its tokens' first three principal"
+    )
     click.echo("components as colours. The same on your own image: xt embed FILE -o OUT")
 
 
@@ -248,7 +266,7 @@ def _opened(image: Path) -> Iterator[ImageSource]:
 
 
 def _model(source: ImageSource, options: dict[str, Any], **extra: Any) -> XT:
-    """The model that the options name, on its device, with a notice where its weights are random."""
+    """The model that the options name, on its device; a notice where its weights are random."""
     import warnings
 
     import torch
@@ -312,7 +330,7 @@ def _run(
     from .streaming import stream
 
     visits = sum(len(s.regions) for s in model.walk(model.grid(source.height, source.width)))
-    with tqdm(total=visits, unit="region", desc=Path(source.name).name, file=sys.stderr) as bar:
+    with tqdm(total=visits, unit=" regions", desc=Path(source.name).name, file=sys.stderr) as bar:
         return stream(
             model,
             source,
@@ -332,7 +350,8 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("tokens", f"{plan.tokens:,}"),
         ("chunks", f"{plan.chunks:,} of up to {plan.chunk_tokens:,} tokens"),
         ("expected time", _seconds(plan.seconds)),
-        ("expected memory", f"{_bytes(plan.memory)} above the model, {_bytes(plan.memory_available)} free"),
+        ("expected memory", f"{_bytes(plan.memory)} above the model, "
+         f"{_bytes(plan.memory_available)} free"),
         ("output", f"{_bytes(plan.output_bytes)}, {_bytes(plan.disk_free)} free"),
         ("fits", "yes" if plan.fits else "no"),
     ]  # fmt: skip

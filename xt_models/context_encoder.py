@@ -5,8 +5,8 @@ attends to the hidden states that entered layer l in the chunks before it,
 
     h_k^{l+1} = Block_l(h_k^l, memory = SG[h_{k-m}^l .. h_{k-1}^l])
 
-SG stops the gradient to the hidden states; they are normed and projected with today's weights, which
-do learn through them. With n layers and memory of m chunks, chunk k sees chunks k - n m and later.
+SG stops the gradient to the hidden states; they are normed and projected with today's weights,
+which do learn through them. With n layers and memory of m chunks, chunk k sees n m chunks back.
 """
 
 from __future__ import annotations
@@ -75,9 +75,7 @@ class ContextEncoder(nn.Module):
                 f"ContextEncoder: memory_chunks must be at least 0, got {memory_chunks}."
             )
         self.dim, self.memory_chunks = dim, memory_chunks
-        self.layers = nn.ModuleList(
-            Block(dim, num_heads, mlp_ratio, causal) for _ in range(depth)
-        )
+        self.layers = nn.ModuleList(Block(dim, num_heads, mlp_ratio, causal) for _ in range(depth))
 
     @property
     def reach(self) -> int:
@@ -126,7 +124,7 @@ class ContextEncoder(nn.Module):
 
 
 class XLContextEncoder(ContextEncoder):
-    """`ContextEncoder` with Transformer-XL memory of `memory_chunks` (at least 1) earlier chunks."""
+    """`ContextEncoder` with Transformer-XL memory of `memory_chunks` earlier chunks."""
 
     def __init__(
         self,

@@ -23,7 +23,9 @@ class Step(NamedTuple):
 def visit_order(grid: RegionGrid, tiling: Tiling) -> list[int]:
     """Every region number once: row-major, or with every second row reversed for "zigzag"."""
     if tiling not in TILINGS:
-        raise ValueError(f"visit_order: tiling must be one of {', '.join(TILINGS)}, got {tiling!r}.")
+        raise ValueError(
+            f"visit_order: tiling must be one of {', '.join(TILINGS)}, got {tiling!r}."
+        )
     ids = range(grid.num_regions)
     if tiling != "zigzag":
         return list(ids)
@@ -37,8 +39,8 @@ def walk(
     """The chunks of an image in the order of the walk.
 
     chunk_regions: regions a chunk; the last chunk may be shorter. None is the whole image.
-    tiling: "row", "zigzag", or "two-stream": a first pass fills the memory, so that early chunks see
-        late ones, then a second pass in row order gives the tokens.
+    tiling: "row", "zigzag", or "two-stream": a first pass fills the memory, so that early chunks
+        see late ones, then a second pass in row order gives the tokens.
     reach: how many chunks back the memory can see. The first pass of "two-stream" visits the last
         `reach` chunks only: what lies further back cannot change the memory at its end.
     """

@@ -18,9 +18,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, *, causal: bool = False) -> None:
         super().__init__()
         if dim % num_heads:
-            raise ValueError(
-                f"Attention: num_heads must divide dim {dim}, got {num_heads}."
-            )
+            raise ValueError(f"Attention: num_heads must divide dim {dim}, got {num_heads}.")
         self.num_heads, self.causal = num_heads, causal
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)

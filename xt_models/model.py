@@ -30,12 +30,12 @@ class XTConfig:
     context: "xl" (memory carried from chunk to chunk), "hyper", "vit", or None (no context).
     dim, depth, num_heads, mlp_ratio, causal: of the context encoder.
     pool: "mean" of all tokens, or "token", a class token appended last (whole-image chunk only).
-    chunk_regions: regions a chunk; None is the whole image in one chunk, so that memory grows with it.
+    chunk_regions: regions a chunk; None is the whole image in one chunk: memory grows with it.
     memory_chunks: earlier chunks that each XL layer remembers.
     tiling: "row", "zigzag" or "two-stream".
     residual: add the projected output to the raw features (the paper's satellite form).
-    mean, std: one number a band, after integers are scaled to [0, 1]. None: ImageNet's for three
-        unsigned-integer bands, 0.5 for other unsigned-integer bands, and floats are taken as they are.
+    mean, std: one number a band, after unsigned integers are scaled to [0, 1]. None: ImageNet's
+        for three unsigned bands, 0.5 for another number of them; floats are taken as they are.
     """
 
     encoder: str = "swinv2_tiny_window16_256"
@@ -89,7 +89,6 @@ class XTConfig:
         if self.std is not None:
             check("std", all(v > 0 for v in self.std), "positive numbers")
 
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> XTConfig:
         """The config with these fields. Raises ValueError for a field that there is not."""
@@ -100,8 +99,9 @@ class XTConfig:
 
 
 class XTOutput(NamedTuple):
-    """logits `[B, classes]` or None; tokens `[B, rows * cols, C]` row-major over the image; embedding
-    `[B, C]`; memory for a following image part (XL) or None."""
+    """logits `[B, classes]` or None; tokens `[B, rows * cols, C]` row-major over the image;
+    embedding `[B, C]`; memory for a following image part (XL) or None.
+    """
 
     logits: torch.Tensor | None
     tokens: torch.Tensor
@@ -110,7 +110,7 @@ class XTOutput(NamedTuple):
 
 
 class XT(nn.Module, PyTorchModelHubMixin):
-    """The whole model. Build it with `create_model`; `save_pretrained` and `from_pretrained` keep it.
+    """The whole model. `create_model` builds it, `save_pretrained` and `from_pretrained` keep it.
 
     config: what to build; a dict of the same fields works too.
     region_encoder: a ready encoder to use instead of building `config.encoder` with random weights.
@@ -146,7 +146,9 @@ class XT(nn.Module, PyTorchModelHubMixin):
             if config.pool == "token":
                 self.class_token = nn.Parameter(torch.empty(1, 1, config.dim).normal_(std=0.02))
         elif config.residual:
-            raise ValueError("XTConfig: residual must be False without a context encoder, got True.")
+            raise ValueError(
+                "XTConfig: residual must be False without a context encoder, got True."
+            )
         self.num_features = features if self.context is None or config.residual else config.dim
         head_dim = config.dim if self.class_token is not None else self.num_features
         self.head: nn.Module | None = None
@@ -157,12 +159,12 @@ class XT(nn.Module, PyTorchModelHubMixin):
     @property
     def stride(self) -> int:
         """Pixels a token, along each side."""
-        return self.region_encoder.stride
+        return int(self.region_encoder.stride)
 
     @property
     def reach(self) -> int:
         """How many chunks back a token can see through memory."""
-        return 0 if self.context is None else self.context.reach
+        return 0 if self.context is None else int(self.context.reach)
 
     def grid(self, height: int, width: int) -> RegionGrid:
         """The regions of an image of `height` x `width` pixels."""
@@ -230,8 +232,8 @@ class XT(nn.Module, PyTorchModelHubMixin):
     ) -> tuple[torch.Tensor, torch.Tensor, Memory | None]:
         """One chunk through the context encoder.
 
-        tokens `[B, L, C]`; raw `[B, L, D]` for the residual form. Returns the tokens, the chunk's part
-        of the embedding `[B, C]` (the class token, or the sum of its tokens), and the new memory.
+        tokens `[B, L, C]`; raw `[B, L, D]` for the residual form. Returns the tokens, the chunk's
+        part of the embedding `[B, C]` (class token, or sum of its tokens), and the new memory.
         """
         if self.context is None:
             return tokens, tokens.sum(1), None
@@ -250,10 +252,10 @@ class XT(nn.Module, PyTorchModelHubMixin):
         return summary if self.class_token is not None else summary / num_tokens
 
     def forward(self, image: torch.Tensor, memory: Memory | None = None) -> XTOutput:
-        """image: pixels `[B, C, H, W]` or `[C, H, W]`, uint8, uint16 or float, not normalised (floats
-        are taken as they are unless the config names mean and std).
+        """Runs the same walk as `stream`, with the whole image in memory.
 
-        Runs the same walk as `stream`, with the whole image in memory.
+        image: pixels `[B, C, H, W]` or `[C, H, W]`, uint8, uint16 or float, not normalised
+            (floats are taken as they are unless the config names mean and std).
         """
         if image.dim() == 3:
             image = image[None]
@@ -266,8 +268,8 @@ class XT(nn.Module, PyTorchModelHubMixin):
         grid = self.grid(*image.shape[2:])
         regions = self.extract(image, grid)  # [B, R, C, s, s]
         features, raw = self.encode(regions.flatten(0, 1))
-        features = features.unflatten(0, (batch, -1))  # [B, R, t, t, C]
-        raw = None if raw is None else raw.unflatten(0, (batch, -1))
+        features = features.view(batch, -1, *features.shape[1:])  # [B, R, t, t, C]
+        raw = None if raw is None else raw.view(batch, -1, *raw.shape[1:])
 
         kept, places = [], []
         summary: torch.Tensor | None = None

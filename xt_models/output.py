@@ -32,11 +32,11 @@ PREVIEW_SIDE = 1024
 
 
 @contextmanager
-def OutputFolder(out: str | Path | None) -> Iterator[Path | None]:  # noqa: N802 - reads as a type
+def OutputFolder(out: str | Path | None) -> Iterator[Path | None]:
     """A folder to fill, `<out>.part`, that becomes `out` at the end or vanishes on any failure.
 
-    Raises FileExistsError if `out` or `<out>.part` exists, FileNotFoundError without a parent folder,
-    PermissionError where it cannot be made.
+    Raises FileExistsError if `out` or `<out>.part` exists, FileNotFoundError without a parent
+    folder, PermissionError where it cannot be made.
     """
     if out is None:
         yield None
@@ -73,8 +73,8 @@ def check_output(out: str | Path) -> Path:
 class TokenMapWriter:
     """Writes tokens as the zarr array `[rows, cols, C]`, float32, block by block as regions arrive.
 
-    A block holds `REGIONS_PER_BLOCK` neighbours of one region row; it is written once, when its last
-    region has come, so a row-major or zig-zag walk keeps at most three blocks in memory.
+    A block holds `REGIONS_PER_BLOCK` neighbours of one region row; it is written once, when its
+    last region has come, so a row-major or zig-zag walk keeps at most three blocks in memory.
     Tokens of one chunk come at a time, row-major over the chunk.
     """
 
@@ -104,12 +104,13 @@ class TokenMapWriter:
                 (height, width, channels), (pitch * channels, channels, 1), start * channels
             )
             key = (region // self._grid.cols, region % self._grid.cols // REGIONS_PER_BLOCK)
-            block, missing = self._blocks.pop(key, None) or self._new_block(key)
+            block, missing = self._blocks.get(key) or self._new_block(key)
             top, left = key[0] * self._side, key[1] * self._side * REGIONS_PER_BLOCK
             block[row - top : row - top + height, col - left : col - left + width] = part.numpy()
             if missing > 1:
                 self._blocks[key] = block, missing - 1
             else:
+                self._blocks.pop(key, None)
                 self._array[top : top + block.shape[0], left : left + block.shape[1]] = block
 
     def close(self) -> None:
@@ -130,8 +131,9 @@ class TokenMapWriter:
 
 
 def token_map_attributes(model: XT, source: ImageSource) -> dict[str, Any]:
-    """Where the token map lies: token (i, j) covers pixels [i * stride, (i + 1) * stride) down and the
-    same across, from `origin`. `transform` (6 affine numbers) and `mpp` are those of the token map."""
+    """Where the token map lies: token (i, j) covers pixels [i * stride, (i + 1) * stride) down and
+    the same across, from `origin`. `transform` (6 affine numbers) and `mpp` are those of the map.
+    """
     stride = model.stride
     out: dict[str, Any] = {
         "stride": stride,
@@ -228,7 +230,7 @@ class Thumbnail:
 def write_preview(
     path: Path, tokens: Path, thumbnail: Thumbnail, model: XT, source: ImageSource
 ) -> None:
-    """Writes the thumbnail and, right of it, the token map's first three principal components as RGB.
+    """Writes the thumbnail and, right of it, the first three principal components as RGB.
 
     The components are found on at most 4,096 tokens spread over the map, then the map is projected
     row block by row block.
@@ -251,22 +253,31 @@ def write_preview(
         ]
     ).astype(np.float64)
     mean = sample.mean(0)
-    values, vectors = np.linalg.eigh((sample - mean).T @ (sample - mean))
+    vectors = np.linalg.eigh((sample - mean).T @ (sample - mean)).eigenvectors
     axes = vectors[:, ::-1][:, :3]
     # An eigenvector has no sign of its own: the largest entry is made positive.
     axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])
     projected = np.concatenate(
-        [(band(top) - mean.astype(np.float32)) @ axes.astype(np.float32) for top in range(0, rows, step)]
+        [
+            (band(top) - mean.astype(np.float32)) @ axes.astype(np.float32)
+            for top in range(0, rows, step)
+        ]
     )
     projected = np.pad(projected, ((0, 0), (0, 0), (0, 3 - projected.shape[2])))
     left = thumbnail.rgb()
     side = model.stride // thumbnail.cell
-    right = _stretch(projected, (0, 1)).repeat(side, 0).repeat(side, 1)[: left.shape[0], : left.shape[1]]
+    right = (
+        _stretch(projected, (0, 1))
+        .repeat(side, 0)
+        .repeat(side, 1)[: left.shape[0], : left.shape[1]]
+    )
     gap = np.full((left.shape[0], 8, 3), 255, dtype=np.uint8)
     Image.fromarray(np.concatenate([left, gap, right], axis=1)).save(path)
 
 
-def _stretch(values: np.ndarray[Any, Any], axes: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _stretch(
+    values: np.ndarray[Any, Any], axes: tuple[int, ...]
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
     low, high = np.percentile(values, [1, 99], axis=axes, keepdims=True)
     scaled = (values - low) / np.maximum(high - low, 1e-12)
-    return (scaled.clip(0, 1) * 255).round().astype(np.uint8)
+    return np.asarray((scaled.clip(0, 1) * 255).round(), dtype=np.uint8)

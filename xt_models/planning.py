@@ -20,7 +20,7 @@ from .source import ImageSource
 from .streaming import check_bands
 
 PROBE_TOKENS = 1024
-"""Longest sequence that the probe of a whole-image context encoder runs; longer ones are worked out."""
+"""Longest sequence that the probe of a context encoder runs; longer ones are worked out."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,9 @@ def plan(
         chunks=sum(step.emit for step in steps),
         chunk_tokens=chunk_tokens,
         seconds=visits / batch_size * encode_seconds + len(steps) * per_chunk,
-        memory=int(max(encode_memory, mix_memory) + windows + normalised + 2 * token_bytes + writer),
+        memory=int(
+            max(encode_memory, mix_memory) + windows + normalised + 2 * token_bytes + writer
+        ),
         memory_available=(
             torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
         ),

@@ -21,9 +21,10 @@ class RegionEncoder(nn.Module):
     in_chans: bands of the image.
     pretrained: load timm's weights (downloads them unless they are in the local hub cache).
 
-    Attributes: `num_features` (D), `stride` (pixels a token), `channels` and `strides` of all stages.
-    Raises ValueError for an unknown name or a region side that the backbone cannot take, and
-    ConnectionError if pretrained weights cannot be had.
+    Attributes: `num_features` (D), `stride` (pixels a token), `channels` and `strides` of all
+    stages.
+    Raises ValueError for an unknown name or a region side that the backbone cannot take,
+    and ConnectionError if pretrained weights cannot be had.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class RegionEncoder(nn.Module):
             )
 
     def forward_stages(self, regions: torch.Tensor) -> list[torch.Tensor]:
-        """Feature maps of all stages, `[R, s / stride_i, s / stride_i, C_i]`, un-normed as in timm."""
+        """Maps of all stages, `[R, s / stride_i, s / stride_i, C_i]`, un-normed as in timm."""
         maps: list[torch.Tensor] = self.model(regions)
         return maps if self._nhwc else [m.permute(0, 2, 3, 1) for m in maps]
 
@@ -82,9 +83,9 @@ def _create(name: str, region: int, in_chans: int, pretrained: bool) -> Any:
         if not pretrained:
             raise
         raise ConnectionError(
-            f"Pretrained weights of {name!r} could not be loaded: they are not in the local hub cache "
-            f"and could not be downloaded ({type(error).__name__}). Connect to the network once, or "
-            f"use random weights."
+            f"Pretrained weights of {name!r} could not be loaded: they are not in the local hub "
+            f"cache and could not be downloaded ({type(error).__name__}). Connect to the network "
+            f"once, or use random weights."
         ) from error
 
 

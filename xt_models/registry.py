@@ -43,7 +43,7 @@ class RandomWeightsWarning(UserWarning):
 
 
 def list_models() -> list[str]:
-    """Names that `create_model` knows; `.xl`, `.hyper` or `.vit` may follow, and other region sides."""
+    """Names that `create_model` knows; another region side may stand in, `.xl` etc. may follow."""
     return [f"xt_{short}_{region}" for short, (_, region) in ENCODERS.items()]
 
 
@@ -57,14 +57,14 @@ def create_model(
 ) -> XT:
     """Builds a model, in evaluation mode.
 
-    name: "xt_<encoder>_<region side>" (see `list_models`), optionally with ".<context>" behind it, or
+    name: "xt_<encoder>_<region side>" (see `list_models`), ".<context>" may stand behind it; or
         any timm model name (its region side is then `region`, 256 by default).
     context: "xl", "hyper", "vit" or None; a suffix of `name` wins.
     pretrained: load timm's weights into the region encoder. Context encoder and head stay random.
     seed: of the random weights; the global generators are left as they were.
     overrides: any field of `XTConfig`, such as num_classes, in_chans, chunk_regions.
 
-    Warns with RandomWeightsWarning unless pretrained. Raises ValueError for unknown names or values.
+    Warns with RandomWeightsWarning unless pretrained. Raises ValueError for unknown names, values.
     """
     stem, _, suffix = name.partition(".")
     if suffix in CONTEXTS:

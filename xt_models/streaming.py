@@ -1,10 +1,10 @@
 """The walk of `XT.forward` over an image that does not fit: bounded memory, one direction.
 
-Reader threads fetch the windows of the next batches; the main thread cuts them into regions, encodes
-a batch, stitches its features into the token buffer of their chunk, and runs the context encoder when
-the chunk is complete. Live at any time: the windows of `readers + 2` batches, one batch of
-activations, the buffers of one or two chunks, and the memory of the context encoder. None of them
-depends on the size of the image.
+Reader threads fetch the windows of the next batches; the main thread cuts them into regions,
+encodes a batch, stitches its features into the token buffer of their chunk, and runs the context
+encoder when the chunk is complete. Live at any time: the windows of `readers + 2` batches, one
+batch of activations, the buffers of one or two chunks, and the memory of the context encoder. None
+of them depends on the size of the image.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ class ChunkTokens(NamedTuple):
 
 @dataclass(frozen=True)
 class StreamStats:
-    """What a run cost. Bytes and seconds; peak and base are resident memory of the process, the base
-    being that before the first window was read (model loaded)."""
+    """What a run cost, in bytes and seconds. Memory is resident memory of the process; the base is
+    that before the first window was read, with the model loaded.
+    """
 
     regions: int
     tokens: int
@@ -63,7 +64,7 @@ class StreamStats:
 
 @dataclass(frozen=True)
 class StreamResult:
-    """embedding `[C]` and logits `[classes]` (or None) as float32 arrays; stats; out: folder or None."""
+    """embedding `[C]` and logits `[classes]` or None, float32; stats; out: folder or None."""
 
     embedding: np.ndarray[Any, np.dtype[np.float32]]
     logits: np.ndarray[Any, np.dtype[np.float32]] | None
@@ -148,14 +149,14 @@ def stream(
     """Runs `model` over an image of any size in bounded memory and writes the results as they come.
 
     source: an `ImageSource`, or anything that `open_image` takes.
-    out: folder to make, holding `tokens.zarr`, `embedding.json` and `preview.png`; must not exist. It
-        appears under its name only when it is complete. None writes nothing.
+    out: folder to make, holding `tokens.zarr`, `embedding.json` and `preview.png`; must not exist.
+        It appears under its name only when it is complete. None writes nothing.
     preview: make the picture. progress: called with the number of regions done since the last call.
     The other arguments are those of `stream_chunks`.
 
-    Raises FileExistsError or OSError for `out`, and what `stream_chunks` raises; nothing is left then.
+    Raises OSError for `out` and what `stream_chunks` raises; nothing is left then.
     """
-    from .output import OutputFolder, TokenMapWriter, Thumbnail, write_embedding, write_preview
+    from .output import OutputFolder, Thumbnail, TokenMapWriter, write_embedding, write_preview
 
     opened = source if isinstance(source, ImageSource) else open_image(source)
     check_bands(model, opened, bands)
@@ -200,7 +201,9 @@ def stream(
             rows, cols = grid.token_shape(model.stride)
             with torch.inference_mode():
                 embedding = model.embed(total, rows * cols)
-                logits = None if model.head is None else model.head(embedding)[0].float().cpu().numpy()
+                logits = (
+                    None if model.head is None else model.head(embedding)[0].float().cpu().numpy()
+                )
             vector = embedding[0].float().cpu().numpy()
             stats = StreamStats(
                 regions=sum(len(step.regions) for step in model.walk(grid)),
@@ -215,7 +218,9 @@ def stream(
                 writer.close()
                 write_embedding(folder / "embedding.json", model, opened, vector, logits, stats)
                 if thumbnail is not None:
-                    write_preview(folder / "preview.png", folder / "tokens.zarr", thumbnail, model, opened)
+                    write_preview(
+                        folder / "preview.png", folder / "tokens.zarr", thumbnail, model, opened
+                    )
     finally:
         model.train(was_training)
         if opened is not source:
@@ -280,8 +285,8 @@ def _read_run(
                 band, y, x = (int(i) for i in np.argwhere(~finite)[0])
                 raise SourceError(
                     f"{source.name}: expected finite pixels, found {pixels[band, y, x]} at row "
-                    f"{top + y}, column {left + x}, band {band + 1}; choose a value for such pixels "
-                    f"with fill (--fill)."
+                    f"{top + y}, column {left + x}, band {band + 1}; choose a value for such "
+                    f"pixels with fill (--fill)."
                 )
             pixels = np.where(finite, pixels, pixels.dtype.type(fill))
     return _Window(run, (top, left), torch.from_numpy(np.require(pixels, requirements=["C", "W"])))

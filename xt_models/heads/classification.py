@@ -6,7 +6,7 @@ from torch import nn
 
 
 class ClassificationHead(nn.Sequential):
-    """LayerNorm and linear on the embedding `[B, C]` of a context encoder -> logits `[B, classes]`."""
+    """LayerNorm and linear: embedding `[B, C]` of a context encoder -> logits `[B, classes]`."""
 
     def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__(nn.LayerNorm(dim, eps=1e-5), nn.Linear(dim, num_classes))

@@ -1,0 +1,88 @@
+"""Streaming a file against the region encoder alone on the same batches already in memory.
+
+The two run side by side in one process, in turns; the ratio of the medians is what the engine, the
+reading and the context encoder cost. It is recorded as extra_info["stream_over_encoder_only"].
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+import zarr
+
+import xt_models as xm
+from xt_models.demo import write_scene
+from xt_models.registry import RandomWeightsWarning
+
+BATCH = 16
+
+
+def make_image(path, side):
+    """A tiled deflate TIFF of side x side px cut from the demo's scene."""
+    scene = path.with_name("scene.tif")
+    write_scene(scene)
+    with xm.open_image(scene) as source:
+        pixels = source.read(0, 0, side, side).transpose(1, 2, 0)
+    tifffile.imwrite(path, pixels, tile=(256, 256), compression="deflate", photometric="rgb")
+    return pixels
+
+
+@pytest.mark.parametrize(
+    "encoder, context, side", [("swinv2_tiny", "xl", 1536), ("convnext_atto", None, 2048)]
+)
+def test_streaming_against_encoder_only(benchmark, tmp_path, encoder, context, side):
+    pixels = make_image(tmp_path / "image.tif", side)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RandomWeightsWarning)
+        model = xm.create_model(encoder, context=context)
+    if torch.cuda.is_available():
+        model = model.cuda()
+    device = next(model.parameters()).device
+    source = xm.open_image(tmp_path / "image.tif")
+    grid = model.grid(side, side)
+    regions = model.extract(torch.from_numpy(pixels).movedim(-1, 0).to(device), grid)
+    batches = regions.split(BATCH)
+
+    def encoder_only():
+        with torch.inference_mode():
+            for batch in batches:
+                model.region_encoder(batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    runs = iter(range(1000))
+
+    def stream():
+        out = tmp_path / f"out{next(runs)}"
+        return out, xm.stream(model, source, out, batch_size=BATCH, preview=False)
+
+    out, _ = stream()  # warms up, and is checked
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(pixels).movedim(-1, 0).to(device)).tokens[0].cpu()
+    ours = torch.from_numpy(zarr.open_array(str(out / "tokens.zarr"), mode="r")[:]).flatten(0, 1)
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+
+    seconds = {"stream": [], "encoder_only": []}
+
+    def both():
+        for name, run in (("encoder_only", encoder_only), ("stream", stream)):
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+
+    benchmark.pedantic(both, rounds=4, iterations=1, warmup_rounds=1)
+    medians = {name: float(np.median(times[1:])) for name, times in seconds.items()}
+    benchmark.extra_info |= {
+        "encoder": encoder,
+        "context": context,
+        "image": f"{side} x {side} uint8, deflate, 256 px tiles",
+        "regions": grid.num_regions,
+        "regions_per_s": {name: grid.num_regions / s for name, s in medians.items()},
+        "stream_over_encoder_only": medians["stream"] / medians["encoder_only"],
+    }
+    source.close()

@@ -1,0 +1,103 @@
+"""The README's commands and code, run as they are written."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+import xt_models as xm
+
+pytestmark = pytest.mark.filterwarnings("ignore::xt_models.registry.RandomWeightsWarning")
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def shell_lines():
+    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A place with the files that the README speaks of: scene.tif and a saved model DIR."""
+    folder = tmp_path_factory.mktemp("readme")
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 530, 3), dtype=np.uint8)
+    tifffile.imwrite(folder / "scene.tif", pixels, tile=(256, 256), photometric="rgb")
+    model = xm.create_model("convnext_atto", dim=32, num_heads=2, num_classes=3)
+    model.save_pretrained(folder / "DIR")
+    return folder
+
+
+def run(line, folder):
+    words = shlex.split(line)
+    assert words[0] == "xt"
+    command = [
+        sys.executable,
+        "-c",
+        "from xt_models.cli import main; main(prog_name='xt')",
+        *words[1:],
+    ]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_installation_is_two_commands():
+    installs = [line for line in shell_lines() if line.startswith("pip")]
+    assert installs == ["pip install -e . && xt demo", "pip install -e '.[test]' && pytest"]
+
+
+@pytest.mark.parametrize("line", [line for line in shell_lines() if line.startswith("xt ")])
+def test_command(line, folder):
+    assert run(line, folder).strip()
+
+
+def test_every_command_is_in_the_readme():
+    from xt_models.cli import main
+
+    named = {shlex.split(line)[1] for line in shell_lines() if line.startswith("xt ")} | {"demo"}
+    assert named == set(main.commands)
+
+
+def test_demo_without_arguments_or_network(folder):
+    start = time.monotonic()
+    out = run("xt demo", folder)
+    assert time.monotonic() - start < 180
+    assert re.search(r"7,143 x 8,192 px", out) and re.search(r"regions/s", out)
+    assert sorted(p.name for p in (folder / "xt-demo" / "embedding").iterdir()) == [
+        "embedding.json", "preview.png", "tokens.zarr",
+    ]  # fmt: skip
+
+
+def test_python_blocks(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    code = blocks("python")
+    assert len(code) >= 3
+    values = {
+        "image": torch.randint(0, 256, (1, 3, 300, 530), dtype=torch.uint8),
+        "chunks": torch.randn(3, 1, 10, 768).unbind(),
+        "mean": (0.5,) * 3,
+        "std": (0.25,) * 3,
+        "features": torch.randn(20 * 28, 96, 8, 8),
+    }
+    for block in code:
+        if "RegionGrid" in block:
+            values["image"] = torch.zeros(3, 5000, 7001, dtype=torch.uint8)
+        exec(block, values)
+    assert values["result"].out == Path("out") or values["result"].out is not None
+    torch.testing.assert_close(
+        torch.from_numpy(values["result"].embedding).shape, torch.Size([768])
+    )
+    assert values["tokens"].shape == (157 * 219, 96)
+    assert values["regions"].shape == (20 * 28, 3, 256, 256)
