@@ -4,14 +4,17 @@ features back as one token sequence. Each is the other's adjoint (without normal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
-from . import reference
+from .. import _checks as checks
+from . import ops
 from .grid import Order, RegionGrid
+from .reference import normalisation
 
-_SCALE = {torch.uint8: 1 / 255, torch.uint16: 1 / 65535}
+_PIXELS = (torch.uint8, torch.uint16, *checks.FLOATS)
 
 
 def extract_regions(
@@ -25,46 +28,68 @@ def extract_regions(
     std: Sequence[float] | None = None,
     scale: float | None = None,
     dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> torch.Tensor:
     """Cuts regions out of an image window: `(pixel * scale - mean) / std`, zero outside the image.
 
-    image: window of the image, `[C, h, w]` or `[B, C, h, w]` (`[.., h, w, C]` if channels_last).
+    image: window of the image, `[C, h, w]` or `[B, C, h, w]` (`[.., h, w, C]` if channels_last),
+        uint8, uint16, fp16, bf16, fp32 or fp64, any strides, on a CPU or a CUDA device.
     grid: geometry of the whole image.
-    regions: R region numbers, in the order wanted; None is all of the grid.
+    regions: R region numbers, in the order wanted; None is all of the grid. A number may come
+        twice, unless the image needs a gradient.
     origin: (row, column) of the window in the whole image, pixels.
     mean, std: C numbers each, in units of `pixel * scale`; default 0 and 1.
     scale: default 1 / 255 for uint8, 1 / 65535 for uint16, 1 for floats.
-    dtype: of the result; the arithmetic inside is fp32.
+    dtype: of the result, fp16, bf16, fp32 or fp64. The arithmetic is `pixel * gain + bias` in fp32
+        (fp64 for an fp64 image) with gain = scale / std and bias = -mean / std.
+    memory_format: `torch.channels_last` stores each region as `[s, s, C]`; the shape is the same.
 
-    Returns `[R, C, s, s]` or `[B, R, C, s, s]`.
-    Raises ValueError if a region has pixels outside the window, or shapes and numbers disagree.
+    Returns a new `[R, C, s, s]` or `[B, R, C, s, s]` on the device of image. Float images get the
+    exact gradient, zero for pixels that no region holds; there is no second derivative.
+    Raises ValueError if a region has pixels outside the window, or arguments disagree.
     """
+    op = "extract_regions"
+    _check_grid(op, grid)
+    layout = "h, w, C" if channels_last else "C, h, w"
+    checks.check_dim(op, "image", image, {3: f"[{layout}]", 4: f"[B, {layout}]"})
+    checks.check_dtype(op, "image", image.dtype, _PIXELS)
+    checks.check_supported_device(op, "image", image)
+    checks.check_dtype(op, "dtype", dtype)
+    if memory_format not in (torch.contiguous_format, torch.channels_last):
+        rule = "be torch.contiguous_format or torch.channels_last"
+        checks.fail(op, "memory_format", rule, str(memory_format))
     batched = image.dim() == 4
-    image = image if batched else image[None]
-    if channels_last:
-        image = image.movedim(-1, 1)
-    ids = list(range(grid.num_regions)) if regions is None else [int(i) for i in regions]
-    channels = image.shape[1]
-    scale = _SCALE.get(image.dtype, 1.0) if scale is None else scale
-    mean_ = torch.zeros(channels) if mean is None else torch.tensor(mean, dtype=torch.float32)
-    std_ = torch.ones(channels) if std is None else torch.tensor(std, dtype=torch.float32)
-    for name, value in (("mean", mean_), ("std", std_)):
-        if value.numel() != channels:
-            raise ValueError(
-                f"extract_regions: {name} must hold one number for each of the {channels} "
-                f"channels, got {value.numel()}."
-            )
-    height, width = image.shape[2:]
-    for region in ids:
-        top, left, h, w = grid.box(region)
-        y, x = top - origin[0], left - origin[1]
-        if y < 0 or x < 0 or y + h > height or x + w > width:
-            raise ValueError(
-                f"extract_regions: image must hold all pixels of region {region} "
-                f"(rows {top} to {top + h}, columns {left} to {left + w}), got a window of "
-                f"{height} x {width} at {tuple(origin)}."
-            )
-    out = reference.extract_regions(image, grid, ids, origin, scale / std_, -mean_ / std_, dtype)
+    window = image if batched else image[None]
+    window = window.movedim(-1, 1) if channels_last else window
+    channels = window.shape[1]
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) != channels:
+            rule = f"hold one number for each channel of image = {channels}"
+            checks.fail(op, name, rule, len(values))
+    numbers = {"mean": mean or (), "std": std or (), "scale": () if scale is None else (scale,)}
+    for name, values in numbers.items():
+        if not all(math.isfinite(v) for v in values):
+            checks.fail(op, name, "be finite", list(values))
+    if std is not None and not all(float(s) for s in std):
+        checks.fail(op, "std", "be nonzero", list(std))
+    ids = _region_list(op, "regions", regions, grid.num_regions, "the grid")
+    _check_window(grid, ids, origin, window.shape[2], window.shape[3])
+    if torch.is_grad_enabled() and image.requires_grad:
+        _check_distinct(op, "regions", ids, " where image needs a gradient")
+    gain, bias = normalisation(image.dtype, channels, mean, std, scale)
+    out: torch.Tensor = ops.extract_forward(
+        window,
+        gain,
+        bias,
+        ids,
+        grid.height,
+        grid.width,
+        grid.region,
+        int(origin[0]),
+        int(origin[1]),
+        dtype,
+        memory_format == torch.channels_last,
+    )
     return out if batched else out[0]
 
 
@@ -82,43 +107,155 @@ def stitch_regions(
 ) -> torch.Tensor:
     """Puts region features in their places in a token sequence, adding the 2D sin-cos position.
 
-    features: `[R, C, t, t]` or `[B, R, C, t, t]` (`[.., t, t, C]` if channels_last), t tokens a side.
+    features: `[R, C, t, t]` or `[B, R, C, t, t]` (`[.., t, t, C]` if channels_last), t tokens a
+        side, fp16, bf16, fp32 or fp64, any strides, on a CPU or a CUDA device.
     grid: geometry of the whole image; the encoder's stride is `grid.region / t`.
-    regions: the R region numbers of `features`, in any order; None is all of `chunk`.
+    regions: the R region numbers of `features`, in any order; None is all of `chunk`, in its order.
     chunk: region numbers that make up the sequence; None is all of the grid.
     order: "row" (row-major over the image) or "tile" (region after region, in the order of chunk).
-    position: add the position code of `reference.sincos_position` in fp32; C must be a multiple of 4.
+    position: add the position code of `reference.sincos_position`, computed here and added in fp32
+        (off by at most 1e-6 for indices below 2**31); C must be a multiple of 4.
     dtype: of a new buffer; default is that of features.
-    out: `[L, C]` or `[B, L, C]` buffer to write into, for regions that arrive in several calls.
+    out: `[L, C]` or `[B, L, C]` buffer to write into, any floating dtype and strides, for regions
+        that arrive in several calls; other tokens in it are left as they are.
 
-    Tokens of pure padding are dropped; L counts the others in `chunk`.
-    Returns `[L, C]` or `[B, L, C]`.
+    Tokens of pure padding are dropped; L counts the others in `chunk`. Without `out`, places of
+    regions that are in chunk but not in regions are zero.
+    Returns `[L, C]` or `[B, L, C]`: `out` if given, else new. Features get the exact gradient, zero
+    for padding tokens, unless `out` is given; there is no second derivative.
+    Raises ValueError if arguments disagree, or `out` is given where a gradient is needed.
     """
+    op = "stitch_regions"
+    _check_grid(op, grid)
+    layout = "t, t, C" if channels_last else "C, t, t"
+    checks.check_dim(op, "features", features, {4: f"[R, {layout}]", 5: f"[B, R, {layout}]"})
+    checks.check_dtype(op, "features", features.dtype)
+    checks.check_supported_device(op, "features", features)
     batched = features.dim() == 5
-    features = features if batched else features[None]
-    if not channels_last:
-        features = features.movedim(2, -1)
-    batch, count, side, _, channels = features.shape
-    if grid.region % side:
-        raise ValueError(
-            f"stitch_regions: features must have a number of tokens a side that divides the region "
-            f"side {grid.region}, got {side}."
+    maps = features if batched else features[None]
+    maps = maps if channels_last else maps.movedim(2, -1)
+    batch, count, side, across, channels = maps.shape
+    if side != across:
+        checks.fail(op, "features", "have square token maps, t x t", f"{side} x {across}")
+    if side < 1 or grid.region % side:
+        rule = f"have a number of tokens a side that divides the region side = {grid.region}"
+        checks.fail(op, "features", rule, side)
+    if order not in ("row", "tile"):
+        checks.fail(op, "order", "be 'row' or 'tile'", repr(order))
+    if position and channels % 4:
+        checks.fail(
+            op, "features", "have a multiple of 4 channels where position is added", channels
         )
-    placement = grid.placement(chunk, grid.region // side, order)
-    ids = list(placement.slots) if regions is None else [int(i) for i in regions]
-    if len(ids) != count:
-        raise ValueError(
-            f"stitch_regions: features must hold {len(ids)} regions to match regions, got {count}."
-        )
+    members = _region_list(op, "chunk", chunk, grid.num_regions, "the grid")
+    _check_distinct(op, "chunk", members)
+    ids = _region_list(op, "regions", regions, grid.num_regions, "the grid")
+    _check_distinct(op, "regions", ids)
+    if ids is not None and members is not None:
+        inside = set(members)
+        for region in ids:
+            if region not in inside:
+                checks.fail(op, "regions", "be in chunk", region)
+    size = grid.num_regions if members is None else len(members)
+    expected = size if ids is None else len(ids)
+    if count != expected:
+        what = "chunk" if ids is None else "regions"
+        checks.fail(op, "features", f"hold as many regions as {what} = {expected}", count)
+
+    length = _length(grid, members, grid.region // side)
+    geometry = (grid.height, grid.width, grid.region, order, bool(position))
     if out is None:
-        new = features.new_empty if len(ids) == len(placement.slots) else features.new_zeros
-        out = new((batch, placement.length, channels), dtype=dtype or features.dtype)
+        if dtype is not None:
+            checks.check_dtype(op, "dtype", dtype)
+        partial = expected < size
+        dtype = dtype or features.dtype
+        new: torch.Tensor = ops.stitch_forward(
+            maps, ids, members, length, *geometry, dtype, partial
+        )
+        return new if batched else new[0]
+
+    sizes = [batch, length, channels] if batched else [length, channels]
+    checks.check_shape(op, "out", out, "[B, L, C]" if batched else "[L, C]", sizes)
+    checks.check_dtype(op, "out", out.dtype)
+    if dtype is not None and out.dtype != dtype:
+        rule = f"be of dtype = {checks.dtype_name(dtype)}"
+        checks.fail(op, "out", rule, checks.dtype_name(out.dtype))
+    checks.check_device(op, "out", out, "features", features)
+    if any(n > 1 and step == 0 for n, step in zip(out.shape, out.stride(), strict=True)):
+        checks.fail(op, "out", "have memory of its own for each element", f"strides {out.stride()}")
+    if torch.is_grad_enabled() and (features.requires_grad or out.requires_grad):
+        checks.fail(op, "out", "be None where a gradient is needed", "a buffer")
+    ops.stitch_into(maps, out if batched else out[None], ids, members, *geometry)
+    return out
+
+
+def _check_grid(op: str, grid: RegionGrid) -> None:
+    if not isinstance(grid, RegionGrid):
+        checks.fail(op, "grid", "be a RegionGrid", type(grid).__name__)
+
+
+def _region_list(
+    op: str, name: str, regions: Sequence[int] | None, count: int, where: str
+) -> list[int] | None:
+    """Region numbers as a list; None stays None, which means all."""
+    if regions is None:
+        return None
+    ids = [int(i) for i in regions]
+    if ids and not (min(ids) >= 0 and max(ids) < count):
+        bad = next(i for i in ids if not 0 <= i < count)
+        checks.fail(op, name, f"hold region numbers of {where}, in [0, {count})", bad)
+    return ids
+
+
+def _check_distinct(op: str, name: str, ids: list[int] | None, where: str = "") -> None:
+    if ids is not None and len(set(ids)) != len(ids):
+        twice = next(i for n, i in enumerate(ids) if i in ids[:n])
+        checks.fail(op, name, f"hold distinct region numbers{where}", f"{twice} twice")
+
+
+def _check_window(
+    grid: RegionGrid, ids: list[int] | None, origin: tuple[int, int], height: int, width: int
+) -> None:
+    """The window holds all real pixels of the regions."""
+    bottom, right = origin[0] + height, origin[1] + width
+
+    def inside(first_row: int, last_row: int, first_col: int, last_col: int) -> bool:
+        side = grid.region
+        return (
+            first_row * side >= origin[0]
+            and first_col * side >= origin[1]
+            and min((last_row + 1) * side, grid.height) <= bottom
+            and min((last_col + 1) * side, grid.width) <= right
+        )
+
+    if ids is None:
+        if inside(0, grid.rows - 1, 0, grid.cols - 1):
+            return
+        ids = list(range(grid.num_regions))
+    elif not ids:
+        return
     else:
-        out = out if batched else out[None]
-        if out.shape != (batch, placement.length, channels):
-            raise ValueError(
-                f"stitch_regions: out must be [B, L, C] = {[batch, placement.length, channels]}, "
-                f"got {list(out.shape)}."
+        # Boxes lie in a rectangle if and only if their bounding box does.
+        rows, cols = [i // grid.cols for i in ids], [i % grid.cols for i in ids]
+        if inside(min(rows), max(rows), min(cols), max(cols)):
+            return
+    for region in ids:
+        row, col = region // grid.cols, region % grid.cols
+        if not inside(row, row, col, col):
+            y, x, h, w = grid.box(region)
+            rule = (
+                f"hold all pixels of region {region} = rows {y} to {y + h}, columns {x} to {x + w}"
             )
-    out = reference.stitch_regions(features, placement, ids, position, out)
-    return out if batched else out[0]
+            got = f"a window of rows {origin[0]} to {bottom}, columns {origin[1]} to {right}"
+            checks.fail("extract_regions", "image", rule, got)
+
+
+def _length(grid: RegionGrid, chunk: list[int] | None, stride: int) -> int:
+    """Tokens in `chunk` that are not pure padding."""
+    rows, cols = grid.token_shape(stride)
+    if chunk is None:
+        return rows * cols
+    side = grid.region // stride
+    return sum(
+        min(side, rows - i // grid.cols * side) * min(side, cols - i % grid.cols * side)
+        for i in chunk
+    )

@@ -1,9 +1,9 @@
 """Pixel geometry of nested tokenization: which region covers which pixels, and where its tokens go.
 
-An image of H x W pixels is cut into non-overlapping square regions of side s, numbered row-major from
-the top left. The last row and column are zero-padded up to s. With an encoder of stride p each region
-gives t x t tokens, t = s / p, and the image has ceil(H / p) x ceil(W / p) tokens that see at least one
-real pixel; the others are pure padding and have no place in any sequence. Integers only.
+An image of H x W pixels is cut into non-overlapping square regions of side s, numbered row-major
+from the top left. The last row and column are zero-padded up to s. With an encoder of stride p each
+region gives t x t tokens, t = s / p, and the image has ceil(H / p) x ceil(W / p) tokens that see at
+least one real pixel; the others are pure padding and have no place in any sequence. Integers only.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+import numpy as np
 import torch
 
 Order = Literal["row", "tile"]
@@ -77,8 +78,8 @@ class RegionGrid:
 
         chunk: distinct region numbers in the order in which they are visited; None is all of them.
         stride: encoder stride in pixels; must divide the region side.
-        order: "row" puts the chunk's tokens in row-major order of the image, "tile" puts them region
-            after region in the order of `chunk`, row-major inside each region.
+        order: "row" puts the chunk's tokens in row-major order of the image, "tile" puts them
+            region after region in the order of `chunk`, row-major inside each region.
         """
         self._check_stride(stride)
         if order not in ("row", "tile"):
@@ -113,42 +114,41 @@ class Placement:
 def _placement(
     grid: RegionGrid, chunk: tuple[int, ...] | None, stride: int, order: Order
 ) -> Placement:
-    if chunk is None:
-        ids = torch.arange(grid.num_regions)
-    else:
-        ids = torch.tensor(chunk, dtype=torch.int64)
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= grid.num_regions):
-            bad = next(i for i in chunk if not 0 <= i < grid.num_regions)
+    # NumPy, not torch: places are integers on the host, whatever the default device or mode is.
+    ids = np.arange(grid.num_regions) if chunk is None else np.array(chunk, dtype=np.int64)
+    if chunk is not None:
+        bad = next((i for i in chunk if not 0 <= i < grid.num_regions), None)
+        if bad is not None:
             raise ValueError(
                 f"RegionGrid.placement: chunk must hold region numbers in [0, {grid.num_regions}), "
                 f"got {bad}."
             )
         if len(set(chunk)) != len(chunk):
-            raise ValueError("RegionGrid.placement: chunk must hold distinct region numbers.")
+            twice = next(i for n, i in enumerate(chunk) if i in chunk[:n])
+            raise ValueError(
+                f"RegionGrid.placement: chunk must hold distinct region numbers, got {twice} twice."
+            )
     side = grid.region // stride
     token_rows, token_cols = grid.token_shape(stride)
     row, col = ids // grid.cols * side, ids % grid.cols * side
-    height = (token_rows - row).clamp(max=side)
-    width = (token_cols - col).clamp(max=side)
+    height = np.minimum(token_rows - row, side)
+    width = np.minimum(token_cols - col, side)
     if order == "tile":
-        start = (height * width).cumsum(0) - height * width
+        start = (height * width).cumsum() - height * width
         pitch = width
     else:
         by_image = ids.argsort()
-        _, band, counts = ids[by_image].div(grid.cols, rounding_mode="floor").unique_consecutive(
-            return_inverse=True, return_counts=True
-        )
-        num_bands = counts.numel()
-        w, h = width[by_image], height[by_image]
-        band_width = torch.zeros(num_bands, dtype=torch.int64).index_add_(0, band, w)
-        band_height = torch.zeros(num_bands, dtype=torch.int64).scatter_(0, band, h)
-        band_size = band_height * band_width
-        band_start = band_size.cumsum(0) - band_size
+        # Regions of one row of the grid form a band: their token rows are interleaved.
+        _, first, band = np.unique(row[by_image], return_index=True, return_inverse=True)
+        w = width[by_image]
+        band_width = np.bincount(band, weights=w, minlength=len(first)).astype(np.int64)
+        band_size = height[by_image][first] * band_width
+        band_start = band_size.cumsum() - band_size
         # Columns to the left inside the band: running sum of widths less that of the bands before.
-        left = w.cumsum(0) - w - (band_width.cumsum(0) - band_width)[band]
-        start, pitch = torch.empty_like(ids), torch.empty_like(ids)
+        left = w.cumsum() - w - (band_width.cumsum() - band_width)[band]
+        start, pitch = np.empty_like(ids), np.empty_like(ids)
         start[by_image] = band_start[band] + left
         pitch[by_image] = band_width[band]
-    table = torch.stack([start, pitch, height, width, row, col], dim=1)
-    slots = {int(region): slot for slot, region in enumerate(ids.tolist())}
-    return Placement(table, int((height * width).sum()), slots)
+    table = np.stack([start, pitch, height, width, row, col], axis=1)
+    slots = {int(region): slot for slot, region in enumerate(ids)}
+    return Placement(torch.from_numpy(table), int((height * width).sum()), slots)

@@ -1,0 +1,192 @@
+"""The kernels against the best eager form, in one process.
+
+    pytest bench/bench_kernels.py --benchmark-only
+
+An answer is checked before it is timed. `extra_info` holds the time of the eager form measured in
+turns with ours, their ratio, and on a GPU the ratio to a copy of as many bytes (`floor_ratio`: 1 is
+the bandwidth of a copy). Sizes are small on a CPU and full on a GPU.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import xt_kernels as xk
+from xt_kernels import RegionGrid
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_GPU else "cpu"
+# Low precision where the GPU is meant to be used so; CPUs are measured in fp32.
+DTYPE = torch.bfloat16 if HAS_GPU else torch.float32
+GRID = RegionGrid(29_000, 25_000, 256) if HAS_GPU else RegionGrid(1024, 1024, 256)
+CHANNELS = 768
+NORM = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Time of one call, which on a GPU has finished."""
+    if not HAS_GPU:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    # A full queue, so that the launch is not what is measured.
+    torch.cuda._sleep(2_000_000)
+    first.record()
+    run()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1000
+
+
+def compare(benchmark, ours, eager, num_bytes=None, rounds=15):
+    """Times both in turns and notes the medians; the benchmark's own table shows ours."""
+    ours(), eager()
+    times: dict[str, list[float]] = {"ours": [], "eager": [], "copy": []}
+    source = target = None
+    if HAS_GPU and num_bytes:
+        # A copy reads and writes: half of the bytes each way.
+        source = torch.zeros(num_bytes // 2, dtype=torch.uint8, device=DEVICE)
+        target = torch.empty_like(source)
+    for _ in range(rounds):
+        times["ours"].append(seconds(ours))
+        times["eager"].append(seconds(eager))
+        if source is not None:
+            times["copy"].append(seconds(lambda: target.copy_(source)))
+    medians = {name: statistics.median(values) for name, values in times.items() if values}
+    benchmark.extra_info["seconds"] = medians
+    benchmark.extra_info["eager_over_ours"] = medians["eager"] / medians["ours"]
+    if "copy" in medians:
+        benchmark.extra_info["floor_ratio"] = medians["copy"] / medians["ours"]
+
+    def finished():
+        ours()
+        if HAS_GPU:
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(finished, rounds=rounds, warmup_rounds=1)
+
+
+def agree(ours, eager):
+    """The two answers are equal to the precision of their dtype; few at a time, to save memory."""
+    step = max(1, 2**26 // max(1, ours[0].numel()))
+    for first in range(0, len(ours), step):
+        a, b = (x[first : first + step].float() for x in (ours, eager))
+        torch.testing.assert_close(a, b, atol=2e-2 if DTYPE == torch.bfloat16 else 1e-5, rtol=1e-2)
+
+
+def cut_eagerly(image, dtype):
+    """Regions `[R, C, s, s]` of `[C, h, w]` by views: pad and order bytes, cast, scale, cast."""
+    side, rows, cols = GRID.region, GRID.rows, GRID.cols
+    padding = (0, cols * side - image.shape[2], 0, rows * side - image.shape[1])
+    gain = torch.tensor([1 / 255 / s for s in NORM["std"]])[:, None, None].to(DEVICE)
+    bias = [-m / s for m, s in zip(NORM["mean"], NORM["std"], strict=True)]
+    padded = torch.nn.functional.pad(image, padding) if any(padding) else image.contiguous()
+    blocks = padded.unflatten(2, (cols, side)).unflatten(1, (rows, side)).permute(1, 3, 0, 2, 4)
+    out = blocks.to(torch.float32, memory_format=torch.contiguous_format).mul_(gain)
+    out.add_(torch.tensor(bias)[:, None, None].to(DEVICE))
+    if any(padding):
+        # Zero after normalisation, as ours.
+        inside = torch.ones(1, *image.shape[1:], dtype=torch.bool, device=DEVICE)
+        inside = torch.nn.functional.pad(inside, padding)
+        inside = inside.unflatten(2, (cols, side)).unflatten(1, (rows, side))
+        out.mul_(inside.permute(1, 3, 0, 2, 4))
+    return out.to(dtype).view(-1, 3, side, side)
+
+
+@pytest.mark.parametrize("layout", ["planes", "pixels"])
+def test_extract(benchmark, layout):
+    shape = (3, GRID.height, GRID.width)
+    image = torch.randint(256, shape, dtype=torch.uint8, device=DEVICE)
+    last = layout == "pixels"
+    if last:
+        image = image.permute(1, 2, 0).contiguous()
+    planes = image.permute(2, 0, 1) if last else image
+
+    def ours():
+        return xk.extract_regions(image, GRID, channels_last=last, dtype=DTYPE, **NORM)
+
+    def eager():
+        return cut_eagerly(planes, DTYPE)
+
+    out = ours()
+    agree(out, eager())
+    compare(benchmark, ours, eager, image.numel() + out.numel() * out.element_size())
+
+
+def test_extract_backward(benchmark):
+    image = torch.randn(3, 1024, 1024, device=DEVICE, dtype=DTYPE, requires_grad=True)
+    grid = RegionGrid(1024, 1024, 256)
+    cut = xk.extract_regions(image, grid, std=NORM["std"], dtype=DTYPE)
+    grad = torch.randn_like(cut)
+    gain = torch.tensor([1 / s for s in NORM["std"]], device=DEVICE, dtype=DTYPE)[:, None, None]
+
+    def ours():
+        return torch.autograd.grad(cut, image, grad, retain_graph=True)[0]
+
+    def eager():
+        blocks = (grad * gain).view(4, 4, 3, 256, 256).permute(2, 0, 3, 1, 4)
+        return blocks.reshape(3, 1024, 1024)
+
+    agree(ours(), eager())
+    compare(benchmark, ours, eager, 2 * grad.numel() * grad.element_size())
+
+
+def token_maps(layout):
+    """Features `[R, 8, 8, C]`, whole regions only for the eager form's sake."""
+    rows, cols = GRID.height // 256, GRID.width // 256
+    grid = RegionGrid(rows * 256, cols * 256, 256)
+    shape = (rows * cols, 8, 8, CHANNELS)
+    if layout == "rows":
+        return grid, torch.randn(shape, device=DEVICE, dtype=DTYPE)
+    shape = (rows * cols, CHANNELS, 8, 8)
+    return grid, torch.randn(shape, device=DEVICE, dtype=DTYPE).permute(0, 2, 3, 1)
+
+
+def position_table(grid):
+    """`[L, C]`: what the eager form needs made before."""
+    rows, cols = grid.token_shape(32)
+    table = torch.empty(rows, cols, CHANNELS, device=DEVICE, dtype=DTYPE)
+    col = torch.arange(cols)
+    for row in range(rows):
+        table[row] = xk.sincos_position(torch.full_like(col, row), col, CHANNELS)
+    return table.view(-1, CHANNELS)
+
+
+@pytest.mark.parametrize("layout", ["rows", "planes"])
+def test_stitch(benchmark, layout):
+    grid, maps = token_maps(layout)
+    table = position_table(grid)
+    buffer = torch.empty_like(table)
+
+    def ours():
+        return xk.stitch_regions(maps, grid, channels_last=True, out=buffer)
+
+    def eager():
+        blocks = maps.view(grid.rows, grid.cols, 8, 8, CHANNELS).permute(0, 2, 1, 3, 4)
+        return blocks.reshape(-1, CHANNELS) + table
+
+    agree(ours(), eager())
+    compare(benchmark, ours, eager, 2 * maps.numel() * maps.element_size())
+
+
+def test_stitch_backward(benchmark):
+    grid, maps = token_maps("rows")
+    maps.requires_grad_()
+    tokens = xk.stitch_regions(maps, grid, channels_last=True)
+    grad = torch.randn_like(tokens)
+
+    def ours():
+        return torch.autograd.grad(tokens, maps, grad, retain_graph=True)[0]
+
+    def eager():
+        blocks = grad.view(grid.rows, 8, grid.cols, 8, CHANNELS).permute(0, 2, 1, 3, 4)
+        return blocks.reshape(maps.shape)
+
+    agree(ours(), eager())
+    compare(benchmark, ours, eager, 2 * maps.numel() * maps.element_size())

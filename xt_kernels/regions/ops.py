@@ -1,0 +1,514 @@
+"""The registered ops behind `extract_regions` and `stitch_regions`: Triton on CUDA, eager on CPU.
+
+Arguments are checked by `api.py`. Images are `[B, C, h, w]`, features `[B, R, t, t, C]`, any
+strides. A grid is three integers, lists of regions are integers or None for all. Tables of places
+are made here, outside what torch.compile sees, and kept: they are small, and copying one to a GPU
+for each call would stall it.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from . import eager
+from .grid import Placement, RegionGrid
+from .reference import frequencies
+
+_Ids = tuple[int, ...] | None
+
+
+def _ids(regions: Sequence[int] | None) -> _Ids:
+    return None if regions is None else tuple(regions)
+
+
+@lru_cache(maxsize=64)
+def _boxes(grid: RegionGrid, regions: _Ids, top: int, left: int) -> torch.Tensor:
+    """int64 `[R, 4]`: top and left in the window at (top, left), height, width of each region."""
+    ids = np.arange(grid.num_regions) if regions is None else np.array(regions, dtype=np.int64)
+    y, x = ids // max(grid.cols, 1) * grid.region, ids % max(grid.cols, 1) * grid.region
+    height = np.minimum(grid.height - y, grid.region)
+    width = np.minimum(grid.width - x, grid.region)
+    return torch.from_numpy(np.stack([y - top, x - left, height, width], axis=1))
+
+
+@lru_cache(maxsize=64)
+def _places(
+    grid: RegionGrid, regions: _Ids, chunk: _Ids, stride: int, order: str
+) -> tuple[torch.Tensor, int]:
+    """Rows of `Placement.table` for `regions`, and the length of the sequence."""
+    placement: Placement = grid.placement(chunk, stride, "row" if order == "row" else "tile")
+    if regions is None or list(regions) == list(placement.slots):
+        return placement.table, placement.length
+    slots = np.array([placement.slots[i] for i in regions], dtype=np.int64)
+    return torch.from_numpy(placement.table.numpy()[slots]), placement.length
+
+
+@lru_cache(maxsize=64)
+def _turns(channels: int) -> torch.Tensor:
+    """int64 `[C / 4]`: frequencies of the position code in turns, times 2**64."""
+    # Scaling by 2**64 is exact; the division rounds to 2**-53 of the frequency.
+    scaled = frequencies(channels, torch.device("cpu")) / (2 * torch.pi) * 2.0**64
+    return scaled.to(torch.int64)
+
+
+@lru_cache(maxsize=64)
+def _constants(values: tuple[float, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype, device="cpu")
+
+
+# Keyed by stream too: the copy is ordered with the work of its own stream alone.
+@lru_cache(maxsize=256)
+def _uploaded(table: "_Key", device: torch.device, stream: int) -> torch.Tensor:
+    return table.tensor.pin_memory().to(device, non_blocking=True)
+
+
+class _Key:
+    """A kept table as a key: equal only to itself."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __hash__(self) -> int:
+        return id(self.tensor)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self.tensor is other.tensor
+
+
+def _on(like: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """`table` on the device of `like`, copied there once without waiting."""
+    if not table.numel():
+        return table.to(like.device)
+    stream = torch.cuda.current_stream(like.device).cuda_stream
+    return _uploaded(_Key(table), like.device, stream)
+
+
+def _inner(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _new_regions(
+    image: torch.Tensor, num_regions: int, side: int, dtype: torch.dtype, channels_last: bool
+) -> torch.Tensor:
+    batch, channels = image.shape[:2]
+    if channels_last:
+        out = image.new_empty((batch, num_regions, side, side, channels), dtype=dtype)
+        return out.movedim(-1, 2)
+    return image.new_empty((batch, num_regions, channels, side, side), dtype=dtype)
+
+
+def _aligned(grid: RegionGrid, left: int) -> bool:
+    return grid.region % 8 == 0 and left % 8 == 0
+
+
+@torch.library.custom_op("xt::extract_regions_fwd", mutates_args=(), device_types="cuda")
+def extract_forward(
+    image: torch.Tensor,
+    gain: Sequence[float],
+    bias: Sequence[float],
+    regions: Sequence[int] | None,
+    height: int,
+    width: int,
+    side: int,
+    top: int,
+    left: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> torch.Tensor:
+    """`[B, R, C, s, s]` of the window at (top, left) of a height x width image."""
+    from . import kernels
+
+    grid = RegionGrid(height, width, side)
+    boxes = _boxes(grid, _ids(regions), top, left)
+    inner = _inner(image.dtype)
+    out = _new_regions(image, boxes.shape[0], side, dtype, channels_last)
+    with torch.cuda.device(image.device):
+        kernels.launch_extract_forward(
+            image,
+            _on(image, boxes),
+            _on(image, _constants(tuple(gain), inner)),
+            _on(image, _constants(tuple(bias), inner)),
+            out,
+            _aligned(grid, left),
+        )
+    return out
+
+
+@extract_forward.register_kernel("cpu")
+def _(
+    image: torch.Tensor,
+    gain: Sequence[float],
+    bias: Sequence[float],
+    regions: Sequence[int] | None,
+    height: int,
+    width: int,
+    side: int,
+    top: int,
+    left: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> torch.Tensor:
+    boxes = _boxes(RegionGrid(height, width, side), _ids(regions), top, left)
+    inner = _inner(image.dtype)
+    out = _new_regions(image, boxes.shape[0], side, dtype, channels_last)
+    gains, biases = (torch.tensor(v, dtype=inner, device="cpu") for v in (gain, bias))
+    eager.extract_forward(image, boxes, gains, biases, out)
+    return out
+
+
+@extract_forward.register_fake
+def _(
+    image: torch.Tensor,
+    gain: Sequence[float],
+    bias: Sequence[float],
+    regions: Sequence[int] | None,
+    height: int,
+    width: int,
+    side: int,
+    top: int,
+    left: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> torch.Tensor:
+    grid = RegionGrid(height, width, side)
+    count = grid.num_regions if regions is None else len(regions)
+    return _new_regions(image, count, side, dtype, channels_last)
+
+
+@torch.library.custom_op("xt::extract_regions_bwd", mutates_args=(), device_types="cuda")
+def extract_backward(
+    grad: torch.Tensor,
+    gain: Sequence[float],
+    regions: Sequence[int] | None,
+    height: int,
+    width: int,
+    side: int,
+    top: int,
+    left: int,
+    window: Sequence[int],
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> torch.Tensor:
+    """Gradient `[B, C, h, w]` of a window of size `window` (h, w); zero where no region reads."""
+    from . import kernels
+
+    grid = RegionGrid(height, width, side)
+    boxes = _boxes(grid, _ids(regions), top, left)
+    grad_image = _new_image(grad, window, dtype, channels_last, boxes)
+    with torch.cuda.device(grad.device):
+        kernels.launch_extract_backward(
+            grad,
+            _on(grad, boxes),
+            _on(grad, _constants(tuple(gain), _inner(dtype))),
+            grad_image,
+            _aligned(grid, left),
+        )
+    return grad_image
+
+
+@extract_backward.register_kernel("cpu")
+def _(
+    grad: torch.Tensor,
+    gain: Sequence[float],
+    regions: Sequence[int] | None,
+    height: int,
+    width: int,
+    side: int,
+    top: int,
+    left: int,
+    window: Sequence[int],
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> torch.Tensor:
+    boxes = _boxes(RegionGrid(height, width, side), _ids(regions), top, left)
+    grad_image = _new_image(grad, window, dtype, channels_last, boxes)
+    gains = torch.tensor(gain, dtype=_inner(dtype), device="cpu")
+    eager.extract_backward(grad, boxes, gains, grad_image)
+    return grad_image
+
+
+@extract_backward.register_fake
+def _(
+    grad: torch.Tensor,
+    gain: Sequence[float],
+    regions: Sequence[int] | None,
+    height: int,
+    width: int,
+    side: int,
+    top: int,
+    left: int,
+    window: Sequence[int],
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> torch.Tensor:
+    return _new_image(grad, window, dtype, channels_last, None)
+
+
+def _new_image(
+    grad: torch.Tensor,
+    window: Sequence[int],
+    dtype: torch.dtype,
+    channels_last: bool,
+    boxes: torch.Tensor | None,
+) -> torch.Tensor:
+    """Zeros `[B, C, h, w]`, or uninitialised where distinct boxes cover the window."""
+    batch, channels = grad.shape[0], grad.shape[2]
+    height, width = window
+    covered = boxes is None or int((boxes[:, 2] * boxes[:, 3]).sum()) == height * width
+    new = grad.new_empty if covered else grad.new_zeros
+    if channels_last:
+        return new((batch, height, width, channels), dtype=dtype).movedim(-1, 1)
+    return new((batch, channels, height, width), dtype=dtype)
+
+
+def _extract_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    image, gain, _, *geometry, _, _ = inputs
+    ctx.gain, ctx.geometry = gain, geometry
+    ctx.window, ctx.dtype = list(image.shape[2:]), image.dtype
+    ctx.channels_last = image.stride(1) == 1 and image.shape[1] > 1
+
+
+def _extract_gradient(ctx, grad):  # type: ignore[no-untyped-def]
+    grad_image = None
+    if ctx.needs_input_grad[0]:
+        grad_image = extract_backward(
+            grad, ctx.gain, *ctx.geometry, ctx.window, ctx.dtype, ctx.channels_last
+        )
+    return grad_image, *[None] * 10
+
+
+extract_forward.register_autograd(_extract_gradient, setup_context=_extract_setup)
+
+
+@torch.library.custom_op("xt::stitch_regions_fwd", mutates_args=(), device_types="cuda")
+def stitch_forward(
+    features: torch.Tensor,
+    regions: Sequence[int] | None,
+    chunk: Sequence[int] | None,
+    length: int,
+    height: int,
+    width: int,
+    side: int,
+    order: str,
+    position: bool,
+    dtype: torch.dtype,
+    partial: bool,
+) -> torch.Tensor:
+    """Tokens `[B, L, C]`, L = length; with `partial` zero where no region writes."""
+    out = _new_tokens(features, length, dtype, partial)
+    _stitch_cuda(features, regions, chunk, RegionGrid(height, width, side), order, position, out)
+    return out
+
+
+@stitch_forward.register_kernel("cpu")
+def _(
+    features: torch.Tensor,
+    regions: Sequence[int] | None,
+    chunk: Sequence[int] | None,
+    length: int,
+    height: int,
+    width: int,
+    side: int,
+    order: str,
+    position: bool,
+    dtype: torch.dtype,
+    partial: bool,
+) -> torch.Tensor:
+    out = _new_tokens(features, length, dtype, partial)
+    _stitch_cpu(features, regions, chunk, RegionGrid(height, width, side), order, position, out)
+    return out
+
+
+@stitch_forward.register_fake
+def _(
+    features: torch.Tensor,
+    regions: Sequence[int] | None,
+    chunk: Sequence[int] | None,
+    length: int,
+    height: int,
+    width: int,
+    side: int,
+    order: str,
+    position: bool,
+    dtype: torch.dtype,
+    partial: bool,
+) -> torch.Tensor:
+    return _new_tokens(features, length, dtype, partial)
+
+
+@torch.library.custom_op("xt::stitch_regions_into", mutates_args=("out",), device_types="cuda")
+def stitch_into(
+    features: torch.Tensor,
+    out: torch.Tensor,
+    regions: Sequence[int] | None,
+    chunk: Sequence[int] | None,
+    height: int,
+    width: int,
+    side: int,
+    order: str,
+    position: bool,
+) -> None:
+    """Writes into tokens `out` `[B, L, C]`."""
+    _stitch_cuda(features, regions, chunk, RegionGrid(height, width, side), order, position, out)
+
+
+@stitch_into.register_kernel("cpu")
+def _(
+    features: torch.Tensor,
+    out: torch.Tensor,
+    regions: Sequence[int] | None,
+    chunk: Sequence[int] | None,
+    height: int,
+    width: int,
+    side: int,
+    order: str,
+    position: bool,
+) -> None:
+    _stitch_cpu(features, regions, chunk, RegionGrid(height, width, side), order, position, out)
+
+
+@stitch_into.register_fake
+def _(
+    features: torch.Tensor,
+    out: torch.Tensor,
+    regions: Sequence[int] | None,
+    chunk: Sequence[int] | None,
+    height: int,
+    width: int,
+    side: int,
+    order: str,
+    position: bool,
+) -> None:
+    return None
+
+
+def _new_tokens(
+    features: torch.Tensor, length: int, dtype: torch.dtype, partial: bool
+) -> torch.Tensor:
+    new = features.new_zeros if partial else features.new_empty
+    return new((features.shape[0], length, features.shape[4]), dtype=dtype)
+
+
+def _stitch_cuda(
+    features: torch.Tensor,
+    regions: Sequence[int] | None,
+    chunk: Sequence[int] | None,
+    grid: RegionGrid,
+    order: str,
+    position: bool,
+    out: torch.Tensor,
+) -> None:
+    from . import kernels
+
+    table = _places(grid, _ids(regions), _ids(chunk), grid.region // features.shape[2], order)[0]
+    turns = _on(features, _turns(features.shape[4])) if position else None
+    with torch.cuda.device(features.device):
+        kernels.launch_stitch_forward(features, _on(features, table), turns, out)
+
+
+def _stitch_cpu(
+    features: torch.Tensor,
+    regions: Sequence[int] | None,
+    chunk: Sequence[int] | None,
+    grid: RegionGrid,
+    order: str,
+    position: bool,
+    out: torch.Tensor,
+) -> None:
+    table = _places(grid, _ids(regions), _ids(chunk), grid.region // features.shape[2], order)[0]
+    eager.stitch_forward(features, table, position, out)
+
+
+@torch.library.custom_op("xt::stitch_regions_bwd", mutates_args=(), device_types="cuda")
+def stitch_backward(
+    grad: torch.Tensor,
+    regions: Sequence[int] | None,
+    chunk: Sequence[int] | None,
+    count: int,
+    height: int,
+    width: int,
+    side: int,
+    order: str,
+    tokens_a_side: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> torch.Tensor:
+    """Gradient `[B, R, t, t, C]` of the features, R = count, t = tokens_a_side."""
+    from . import kernels
+
+    grid = RegionGrid(height, width, side)
+    table = _places(grid, _ids(regions), _ids(chunk), side // tokens_a_side, order)[0]
+    out = _new_features(grad, count, tokens_a_side, dtype, channels_last)
+    with torch.cuda.device(grad.device):
+        kernels.launch_stitch_backward(grad, _on(grad, table), out)
+    return out
+
+
+@stitch_backward.register_kernel("cpu")
+def _(
+    grad: torch.Tensor,
+    regions: Sequence[int] | None,
+    chunk: Sequence[int] | None,
+    count: int,
+    height: int,
+    width: int,
+    side: int,
+    order: str,
+    tokens_a_side: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> torch.Tensor:
+    grid = RegionGrid(height, width, side)
+    table = _places(grid, _ids(regions), _ids(chunk), side // tokens_a_side, order)[0]
+    out = _new_features(grad, count, tokens_a_side, dtype, channels_last)
+    eager.stitch_backward(grad, table, out)
+    return out
+
+
+@stitch_backward.register_fake
+def _(
+    grad: torch.Tensor,
+    regions: Sequence[int] | None,
+    chunk: Sequence[int] | None,
+    count: int,
+    height: int,
+    width: int,
+    side: int,
+    order: str,
+    tokens_a_side: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> torch.Tensor:
+    return _new_features(grad, count, tokens_a_side, dtype, channels_last)
+
+
+def _new_features(
+    grad: torch.Tensor, count: int, tokens_a_side: int, dtype: torch.dtype, channels_last: bool
+) -> torch.Tensor:
+    batch, channels, t = grad.shape[0], grad.shape[2], tokens_a_side
+    if channels_last:
+        return grad.new_empty((batch, count, t, t, channels), dtype=dtype)
+    return grad.new_empty((batch, count, channels, t, t), dtype=dtype).movedim(2, -1)
+
+
+def _stitch_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    features, regions, chunk, _, height, width, side, order, *_ = inputs
+    ctx.lists = regions, chunk, features.shape[1]
+    ctx.geometry = height, width, side, order, features.shape[2]
+    ctx.dtype, ctx.channels_last = features.dtype, features.stride(4) == 1
+
+
+def _stitch_gradient(ctx, grad):  # type: ignore[no-untyped-def]
+    grad_features = None
+    if ctx.needs_input_grad[0]:
+        grad_features = stitch_backward(
+            grad, *ctx.lists, *ctx.geometry, ctx.dtype, ctx.channels_last
+        )
+    return grad_features, *[None] * 10
+
+
+stitch_forward.register_autograd(_stitch_gradient, setup_context=_stitch_setup)
