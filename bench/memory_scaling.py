@@ -56,8 +56,10 @@ def run_one(path: str, encoder: str, context: str, out: str | None) -> None:
     import warnings
 
     import xt_models as xm
+    from xt_models.host import keep_memory_flat
     from xt_models.registry import RandomWeightsWarning
 
+    keep_memory_flat()  # as the command line does
     warnings.simplefilter("ignore", RandomWeightsWarning)
     with xm.open_image(path) as source:
         model = xm.create_model(encoder, context=context, in_chans=source.bands)
@@ -83,8 +85,7 @@ def main() -> None:
     import torch
     import triton
 
-    from xt_models.doctor import _cpu_name
-    from xt_models.host import num_cpus
+    from xt_models.host import cpu_name, num_cpus
 
     args.scratch.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -113,7 +114,7 @@ def main() -> None:
         "encoder": args.encoder,
         "context": args.context,
         "compression": args.compression,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": num_cpus(),
         "python": platform.python_version(),
         "torch": torch.__version__,

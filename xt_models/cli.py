@@ -23,7 +23,10 @@ class _Group(click.Group):
     """Turns any failure into one sentence and an exit code; XT_TRACEBACK=1 shows the rest."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        from .host import keep_memory_flat
+
         signal.signal(signal.SIGTERM, _on_sigterm)
+        keep_memory_flat()
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-from .host import available_memory, num_cpus
+from .host import available_memory, cpu_name, num_cpus
 
 _REQUIRED = (
     "xt-kernels", "torch", "triton", "timm", "numpy", "tifffile", "imagecodecs", "zarr", "pillow",
@@ -39,7 +39,7 @@ def report() -> str:
         )
     lines.append("devices")
     gib = available_memory() / 2**30
-    lines.append(f"  cpu               {num_cpus()} cores, {_cpu_name()}, {gib:.1f} GiB free")
+    lines.append(f"  cpu               {num_cpus()} cores, {cpu_name()}, {gib:.1f} GiB free")
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         lines.append(
@@ -58,13 +58,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(
-                line.split(":")[1].strip() for line in file if line.startswith("model name")
-            )
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown processor"

@@ -112,9 +112,8 @@ def stream_chunks(
     memory: Memory | None = None
     with torch.inference_mode(), _ReadAhead(read, batches, readers) as windows:
         for batch, parts in zip(batches, windows, strict=True):
-            regions = torch.cat(
-                [model.extract(w.pixels.to(device), grid, w.regions, w.origin) for w in parts]
-            )
+            cut = [model.extract(w.pixels.to(device), grid, w.regions, w.origin) for w in parts]
+            regions = cut[0] if len(cut) == 1 else torch.cat(cut)
             ids = [region for _, region in batch]
             if on_regions is not None:
                 on_regions(ids, regions)
