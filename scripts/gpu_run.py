@@ -4,9 +4,8 @@
     python scripts/gpu_run.py --dry          # the same walk, tiny, through Triton's interpreter
 
 Steps: the kernel tests on the GPU; each tuning config alone, on outputs filled with NaN; the
-  shipped
-config 250 times over, compared bit by bit; the kernel benches. Needs torch, Triton, timm, pytest
-and pytest-benchmark, nothing else.
+shipped config 250 times over, compared bit by bit; the kernel benches. Needs torch, Triton, timm,
+pytest and pytest-benchmark, nothing else.
 
 Work is done in child processes that note each finished item at once, and the JSON in --out is
 replaced after each of them, so a run that is cut off keeps what it has. Started again with the same
@@ -29,6 +28,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -44,8 +44,7 @@ STEPS = ("tests", "configs", "repeats", "benches")
 
 
 class Notes:
-    """Items noted in a file as they start and end; an item that only started took the child
-    down."""
+    """Items noted in a file as they start and end; one that only started took the child down."""
 
     def __init__(self, path: Path, skip: set[str]) -> None:
         self.file = path.open("a")
@@ -425,7 +424,9 @@ def main() -> int:
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="time budget (default: 9)")
     parser.add_argument(
-        "--out", type=Path, help="JSON (default: bench/results/<gpu>-<commit>.json)"
+        "--out",
+        type=Path,
+        help="JSON (default: bench/results/<gpu>-<commit>.json)",
     )
     parser.add_argument("--dry", action="store_true", help="tiny, interpreted, without a GPU")
     parser.add_argument("--fresh", action="store_true", help="forget what --out already holds")
@@ -452,7 +453,8 @@ def main() -> int:
         parser.error("no CUDA device; --dry runs the interpreter instead")
     about = environment(arguments.dry, arguments.commit)
     name = re.sub(r"\W+", "-", f"{about['gpu']}-{about['commit'][:12]}").strip("-").lower()
-    out = arguments.out or ROOT / "bench" / "results" / f"{name}.json"
+    home = Path(tempfile.gettempdir()) if arguments.dry else ROOT / "bench" / "results"
+    out = arguments.out or home / f"{name}.json"
     record = Record(out.resolve(), about, arguments.minutes, arguments.fresh)
     record.write()
     deadline = start + arguments.minutes * 60

@@ -35,11 +35,12 @@ from .tiff_page import (
 )
 
 # Decoded tiles kept per source, only those that a window met in part. Walking in 256 px regions
-# over 512 px tiles meets each tile four times; 48 MiB hold a row of such tiles of a 29,000 px image
-# of 3 bands. Measured as above, one thread: 193 Mpx/s of JPEG and 113 of deflate with it, 128 and
-# 67 with only the last tile kept. Keeping whole tiles too costs 14 to 22 % where windows fit tiles,
-# so windows aligned to `source.block` pass the cache by and are the fast ones.
-CACHE_BYTES = 48 << 20
+# over 512 px tiles meets each tile four times; 24 MiB hold a row of such tiles of a 16,000 px image
+# of 3 bands. Measured as above, one thread: 193 Mpx/s of JPEG and 113 of deflate where it holds the
+# row, 128 and 67 with only the last tile kept. Twice as much would be a fifth of what streaming
+# needs in all. Keeping whole tiles too costs 14 to 22 % where windows fit tiles, so windows aligned
+# to `source.block` pass the cache by and are the fast ones.
+CACHE_BYTES = 24 << 20
 
 
 class _TileCache:
