@@ -16,7 +16,7 @@ from xt_models.region_encoder import RegionEncoder
 from xt_models.registry import CONTEXT_DEFAULTS, ENCODERS, RandomWeightsWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore::xt_models.registry.RandomWeightsWarning")
-SMALL = {"region": 64, "dim": 32, "num_heads": 2, "chunk_regions": 2}
+SMALL = {"region": 64, "dim": 32, "depth": 2, "num_heads": 2, "chunk_regions": 2, "residual": False}
 
 
 def small(context="xl", **kwargs):
@@ -63,9 +63,8 @@ def test_parameter_counts_are_those_of_the_paper(size, plain, hyper):
 
 
 def test_satellite_form_has_the_papers_parameter_count():
-    config = XTConfig(dim=256, num_heads=2, depth=4, tiling="two-stream", residual=True)
     with torch.device("meta"):
-        model = XT(config)
+        model = XT(XTConfig(context="xl", **CONTEXT_DEFAULTS["xl"]))
     context = [model.context, model.input_proj, model.output_proj]
     assert round(sum(p.numel() for m in context for p in m.parameters()) / 1e6, 2) == 4.59
 

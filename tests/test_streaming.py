@@ -20,7 +20,7 @@ from xt_models.source import SourceError
 from xt_models.streaming import stream_chunks
 
 pytestmark = pytest.mark.filterwarnings("ignore::xt_models.registry.RandomWeightsWarning")
-SMALL = {"region": 64, "dim": 32, "num_heads": 2, "chunk_regions": 3}
+SMALL = {"region": 64, "dim": 32, "depth": 2, "num_heads": 2, "chunk_regions": 3, "residual": False}
 
 
 def small(context="xl", **kwargs):

@@ -30,12 +30,13 @@ ENCODERS = {
 """Short name -> timm name and its usual region side in pixels."""
 
 CONTEXT_DEFAULTS: dict[str | None, dict[str, Any]] = {
-    "xl": {},
+    "xl": {"dim": 256, "depth": 4, "num_heads": 2, "residual": True},
     "hyper": {"causal": True, "chunk_regions": None, "pool": "token"},
     "vit": {"chunk_regions": None, "pool": "token"},
     None: {},
 }
-"""What a context encoder sets unless the caller says otherwise; hyper as in the released models."""
+"""What a context encoder sets unless the caller says otherwise: xl as in the paper's satellite
+experiments, hyper as in the released classification models."""
 
 
 class RandomWeightsWarning(UserWarning):
