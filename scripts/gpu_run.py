@@ -341,8 +341,10 @@ def run_step(step: str, file: Path, record: Record, dry: bool, deadline: float) 
             "--notes",
             str(notes),
         ]
+        # Benches refuse to run below a worker of pytest-xdist, as in this script's own test.
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
         variables = {
-            **os.environ,
+            **inherited,
             "XT_GPU_RUN_SKIP": json.dumps(sorted(done)),
             "PYTHONUNBUFFERED": "1",
         }
