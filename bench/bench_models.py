@@ -1,11 +1,12 @@
 """Streaming a file against the region encoder alone on the same batches already in memory.
 
-The two run side by side in one process, in turns; the ratio of the best of each is what the engine,
-the reading and the context encoder cost. It is recorded as extra_info["stream_over_encoder_only"].
+The two run side by side in one process, in turns; the median of the rounds' ratios is what the
+engine, the reading and the context encoder cost, extra_info["stream_over_encoder_only"].
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 import warnings
 
@@ -16,9 +17,17 @@ import zarr
 
 import xt_models as xm
 from xt_models.demo import write_scene
+from xt_models.host import keep_memory_flat
 from xt_models.registry import RandomWeightsWarning
 
+keep_memory_flat()  # both sides run as the command line does
 BATCH = 16
+
+
+def ratio(times):
+    """Median over the rounds, without the first, of stream / encoder_only."""
+    pairs = zip(times["stream"][1:], times["encoder_only"][1:], strict=True)
+    return statistics.median(stream / alone for stream, alone in pairs)
 
 
 def make_image(path, side):
@@ -32,7 +41,7 @@ def make_image(path, side):
 
 
 @pytest.mark.parametrize(
-    "encoder, context, side", [("swinv2_tiny", "xl", 1536), ("convnext_atto", None, 2048)]
+    "encoder, context, side", [("swinv2_tiny", "xl", 1024), ("convnext_atto", None, 4096)]
 )
 def test_streaming_against_encoder_only(benchmark, tmp_path, encoder, context, side):
     pixels = make_image(tmp_path / "image.tif", side)
@@ -66,23 +75,25 @@ def test_streaming_against_encoder_only(benchmark, tmp_path, encoder, context, s
     ours = torch.from_numpy(zarr.open_array(str(out / "tokens.zarr"), mode="r")[:]).flatten(0, 1)
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
 
-    seconds = {"stream": [], "encoder_only": []}
+    wall = {"stream": [], "encoder_only": []}
+    processor = {"stream": [], "encoder_only": []}
 
     def both():
         for name, run in (("encoder_only", encoder_only), ("stream", stream)):
-            start = time.perf_counter()
+            start, work = time.perf_counter(), time.process_time()
             run()
-            seconds[name].append(time.perf_counter() - start)
+            wall[name].append(time.perf_counter() - start)
+            processor[name].append(time.process_time() - work)
 
-    benchmark.pedantic(both, rounds=4, iterations=1, warmup_rounds=1)
-    best = {name: min(times) for name, times in seconds.items()}
+    benchmark.pedantic(both, rounds=9, iterations=1, warmup_rounds=1)
+    seconds = {name: statistics.median(times[1:]) for name, times in wall.items()}
     benchmark.extra_info |= {
         "encoder": encoder,
         "context": context,
         "image": f"{side} x {side} uint8, deflate, 256 px tiles",
         "regions": grid.num_regions,
-        "regions_per_s": {name: grid.num_regions / s for name, s in best.items()},
-        "stream_over_encoder_only": best["stream"] / best["encoder_only"],
-        "seconds": seconds,
+        "regions_per_s": {name: grid.num_regions / s for name, s in seconds.items()},
+        "stream_over_encoder_only": ratio(wall),
+        "the_same_in_processor_time": ratio(processor),
     }
     source.close()
