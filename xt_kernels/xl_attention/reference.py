@@ -14,6 +14,7 @@ def xl_attention(
     *,
     scale: float | None = None,
     is_causal: bool = False,
+    enable_gqa: bool = False,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """As `xt_kernels.xl_attention`, in the dtype of its inputs; memory O(L (M + L))."""
