@@ -58,6 +58,13 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def _positive(query: torch.Tensor, scale: float) -> tuple[torch.Tensor, float, int]:
+    """(query * sign, scale > 0, sign): the CPU kernel scales scores that it has masked by -inf."""
+    if scale > 0:
+        return query, scale, 1
+    return (-query, -scale, -1) if scale < 0 else (torch.zeros_like(query), 1.0, 0)
+
+
 def _members(query: torch.Tensor, key: torch.Tensor) -> Iterator[slice]:
     """Query heads of which each attends to its own key head, one slice a member of a group."""
     group = query.shape[1] // max(1, key.shape[1])
@@ -86,7 +93,7 @@ def forward(
         # The first queries see nothing.
         out.zero_()
         lse.fill_(float("-inf"))
-    query = _rows(query)
+    query, scale, _ = _positive(_rows(query), scale)
     for heads in _members(query, key):
         done = None
         for part in parts:
@@ -143,7 +150,8 @@ def backward(
     num_memory = 0 if memory_key is None else memory_key.shape[2]
     parts = _parts(query.shape[2], key.shape[2], num_memory, is_causal) if out.numel() else []
     head_dim = query.shape[3]
-    query, out, grad_out = _rows(query), _rows(out), _rows(grad_out)
+    out, grad_out = _rows(out), _rows(grad_out)
+    query, scale, sign = _positive(_rows(query), scale)
     if grad_lse is not None:
         query, out, grad_out = _with_lse_gradient(query, out, grad_out, grad_lse)
     for heads in _members(query, key):
@@ -163,7 +171,7 @@ def backward(
                     dk_sum, dv_sum = sums[3:] if part.is_memory else sums[1:3]
                     dk_sum[:, :, keys] += dk[..., :head_dim]
                     dv_sum[:, :, keys] += dv[..., :head_dim]
-            sums[0][:, heads, rows] += dq[..., :head_dim]
+            sums[0][:, heads, rows].add_(dq[..., :head_dim], alpha=sign)
     return [s.to(t.dtype) for s, t in zip(sums, inputs, strict=True)]
 
 

@@ -309,18 +309,18 @@ def _xl_attention_bwd_query_kernel(
 
 @triton.jit
 def _collect(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_strides, do_strides, begin, end, length,
-    scale_log2, offs_n, offs_d, shift, MASKED: tl.constexpr, NEGATE: tl.constexpr,
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_strides, do_strides, begin, length,
+    scale_log2, offs_n, offs_d, shift, IS_CAUSAL: tl.constexpr, NEGATE: tl.constexpr,
     BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Adds ds^T q and p^T dout over queries [begin, end) to dk and dv.
+    """Adds ds^T q and p^T dout over queries [begin, length) to dk and dv.
 
     p and ds are computed transposed, [keys, queries]: a transposed accumulator as the left side of a
     dot is miscompiled on Hopper before Triton 3.7.1.
     """
     row = tl.arange(0, BLOCK_M)
-    for first in tl.range(begin, end, BLOCK_M):
+    for first in tl.range(begin, length, BLOCK_M, disable_licm=True):
         offs_m = first + row
         mask_m = offs_m < length
         # Rows past the end are 0 in q, dout, lse and D: their p is 1, and adds 0 to dk and dv.
@@ -333,7 +333,7 @@ def _collect(
             q = -q
         score = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * scale_log2
         p = tl.exp2(score - lse_log2[None, :])  # [BLOCK_N, BLOCK_M]
-        if MASKED:
+        if IS_CAUSAL:
             p = tl.where(offs_n[:, None] <= offs_m[None, :] + shift, p, 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION, out_dtype=ACC)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION, out_dtype=ACC)
@@ -364,30 +364,23 @@ def _xl_attention_bwd_key_kernel(
 
     k_base = k_ptr + offset(pid_b, k_strides[0]) + offset(pid_g, k_strides[1])
     v_base = v_ptr + offset(pid_b, v_strides[0]) + offset(pid_g, v_strides[1])
-    k = _rows(k_base, first, k_strides[2:], row, offs_d, mask_n, HEAD_DIM, BLOCK_D)
-    v = _rows(v_base, first, v_strides[2:], row, offs_d, mask_n, HEAD_DIM, BLOCK_D)
     dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     dv = tl.zeros([BLOCK_N, BLOCK_D], ACC)
 
-    begin, free = 0, 0
-    if IS_CAUSAL:  # the first query that sees the first key, and the first that sees the last one
+    begin = 0
+    if IS_CAUSAL:  # the block of the first query that sees the first key
         begin = tl.minimum(tl.maximum(first - shift, 0), len_q) // BLOCK_M * BLOCK_M
-        free = tl.minimum(tl.maximum(first + BLOCK_N - 1 - shift, 0), len_q)
-        free = tl.cdiv(free, BLOCK_M) * BLOCK_M
-    for member in tl.range(0, group):
+    # Not hoisted, k and v included: addresses of rows kept for the stores would not fit in registers.
+    for member in tl.range(0, group, disable_licm=True):
+        k = _rows(k_base, first, k_strides[2:], row, offs_d, mask_n, HEAD_DIM, BLOCK_D)
+        v = _rows(v_base, first, v_strides[2:], row, offs_d, mask_n, HEAD_DIM, BLOCK_D)
         pid_h = pid_g * group + member
         q_base = q_ptr + offset(pid_b, q_strides[0]) + offset(pid_h, q_strides[1])
         do_base = do_ptr + offset(pid_b, do_strides[0]) + offset(pid_h, do_strides[1])
         rows = offset(pid_bg * group + member, len_q)
-        if IS_CAUSAL:
-            dk, dv = _collect(
-                dk, dv, k, v, q_base, do_base, lse_ptr + rows, delta_ptr + rows, q_strides[2:],
-                do_strides[2:], begin, free, len_q, scale_log2, offs_n, offs_d, shift, True, NEGATE,
-                BLOCK_M, HEAD_DIM, BLOCK_D, PRECISION, ACC,
-            )  # fmt: skip
         dk, dv = _collect(
             dk, dv, k, v, q_base, do_base, lse_ptr + rows, delta_ptr + rows, q_strides[2:],
-            do_strides[2:], free, len_q, len_q, scale_log2, offs_n, offs_d, shift, False, NEGATE,
+            do_strides[2:], begin, len_q, scale_log2, offs_n, offs_d, shift, IS_CAUSAL, NEGATE,
             BLOCK_M, HEAD_DIM, BLOCK_D, PRECISION, ACC,
         )  # fmt: skip
 
@@ -527,70 +520,71 @@ def launch_backward(
     return (*grads, *keys(memory_key, memory_value, False)) if needs_memory else grads
 
 
-def aot_cases() -> Iterator[AotCase]:
-    """What the launchers compile: every config, with memory, causal and not."""
+def aot_case(kind: str, head_dim: int, dtype: str, config: Config, is_causal: bool) -> AotCase:
+    """One kernel with memory, as the launchers compile it."""
     heads_first = ("i64", "i64", "i32", 1)
     sizes = dict.fromkeys(("len_q", "len_k", "len_m"), "i32")
+    kernel, tensors, strided = {
+        "fwd": (
+            _xl_attention_fwd_kernel,
+            ("q", "k", "v", "mk", "mv", "out", "lse"),
+            ("q", "k", "v", "mk", "mv", "out"),
+        ),
+        "dq": (
+            _xl_attention_bwd_query_kernel,
+            ("q", "k", "v", "mk", "mv", "out", "do", "lse", "dlse", "dq", "delta"),
+            ("q", "k", "v", "mk", "mv", "out", "do", "dq"),
+        ),
+        "dkv": (
+            _xl_attention_bwd_key_kernel,
+            ("q", "k", "v", "do", "lse", "delta", "dk", "dv"),
+            ("q", "k", "v", "do", "dk", "dv"),
+        ),
+    }[kind]
+    fp32 = ("lse", "dlse", "delta")
+    heads = "num_key_heads" if kind == "dkv" else "num_heads"
+    constexprs = {
+        "IS_CAUSAL": is_causal,
+        "NEGATE": False,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "PRECISION": "ieee",
+        "ACC": tl.float32,
+    }
+    if kind != "dkv":
+        constexprs["HAS_MEMORY"] = True
+    if kind == "dq":
+        constexprs["HAS_DLSE"] = True
+    return AotCase(
+        name=f"{kind}-{dtype}-d{head_dim}-{config.block_m}x{config.block_n}"
+        + ("-causal" if is_causal else ""),
+        kernel=kernel,
+        signature={
+            **{f"{t}_ptr": "*fp32" if t in fp32 else f"*{dtype}" for t in tensors},
+            **{f"{t}_strides": heads_first for t in strided},
+            "scale_parts": ("fp32", "fp32"),
+            heads: "i32",
+            "group": "i32",
+            **({k: v for k, v in sizes.items() if k != "len_m"} if kind == "dkv" else sizes),
+        },
+        constexprs=constexprs,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        has_dots=dtype != "fp32",
+        pipelined=config.num_stages > 1,
+    )
 
-    def case(kind: str, head_dim: int, dtype: str, config: Config, is_causal: bool) -> AotCase:
-        kernel, tensors, strided = {
-            "fwd": (
-                _xl_attention_fwd_kernel,
-                ("q", "k", "v", "mk", "mv", "out", "lse"),
-                ("q", "k", "v", "mk", "mv", "out"),
-            ),
-            "dq": (
-                _xl_attention_bwd_query_kernel,
-                ("q", "k", "v", "mk", "mv", "out", "do", "lse", "dlse", "dq", "delta"),
-                ("q", "k", "v", "mk", "mv", "out", "do", "dq"),
-            ),
-            "dkv": (
-                _xl_attention_bwd_key_kernel,
-                ("q", "k", "v", "do", "lse", "delta", "dk", "dv"),
-                ("q", "k", "v", "do", "dk", "dv"),
-            ),
-        }[kind]
-        fp32 = ("lse", "dlse", "delta")
-        heads = "num_key_heads" if kind == "dkv" else "num_heads"
-        constexprs = {
-            "IS_CAUSAL": is_causal,
-            "NEGATE": False,
-            "HEAD_DIM": head_dim,
-            "BLOCK_D": triton.next_power_of_2(head_dim),
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "PRECISION": "ieee",
-            "ACC": tl.float32,
-        }
-        if kind != "dkv":
-            constexprs["HAS_MEMORY"] = True
-        if kind == "dq":
-            constexprs["HAS_DLSE"] = True
-        return AotCase(
-            name=f"{kind}-{dtype}-d{head_dim}-{config.block_m}x{config.block_n}"
-            + ("-causal" if is_causal else ""),
-            kernel=kernel,
-            signature={
-                **{f"{t}_ptr": "*fp32" if t in fp32 else f"*{dtype}" for t in tensors},
-                **{f"{t}_strides": heads_first for t in strided},
-                "scale_parts": ("fp32", "fp32"),
-                heads: "i32",
-                "group": "i32",
-                **({k: v for k, v in sizes.items() if k != "len_m"} if kind == "dkv" else sizes),
-            },
-            constexprs=constexprs,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            has_dots=dtype != "fp32",
-            pipelined=config.num_stages > 1,
-        )
 
+def aot_cases() -> Iterator[AotCase]:
+    """What the launchers compile: every config, with memory, causal and not."""
     tables = (("fwd", FORWARD_CONFIGS), ("dq", QUERY_CONFIGS), ("dkv", KEY_CONFIGS))
     for kind, table in tables:
         for most, configs in table.items():
             for config in configs:
-                yield case(kind, most, "bf16", config, False)
-            yield case(kind, most, "bf16", configs[0], True)
+                yield aot_case(kind, most, "bf16", config, False)
+            yield aot_case(kind, most, "bf16", configs[0], True)
         for most, configs in WIDE_CONFIGS.items():
-            yield case(kind, most, "fp32", configs[0], False)
-        yield case(kind, 80, "fp16", table[128][0], False)
+            yield aot_case(kind, most, "fp32", configs[0], False)
+        yield aot_case(kind, 80, "fp16", table[128][0], False)
