@@ -63,6 +63,7 @@ class AotCase:
       pipelined: the aligned variant must load through `cp.async`.
       aligned_args: scalar integers (sizes, say) that are divisible by 16 in the aligned variant.
         Pointers, tuples and names with "stride" are so without being listed.
+      aligned_only: there is no unaligned variant, because the launcher takes another config then.
     """
 
     name: str
@@ -74,6 +75,7 @@ class AotCase:
     has_dots: bool = False
     pipelined: bool = False
     aligned_args: tuple[str, ...] = ()
+    aligned_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,7 @@ def _child(out: str, part: int, jobs: int, archs: Sequence[int], modules: Sequen
         module = importlib.import_module(name)
         cases = list(module.aot_cases()) if hasattr(module, "aot_cases") else []
         for case in cases:
-            for aligned in (True, False):
+            for aligned in (True,) if case.aligned_only else (True, False):
                 for arch in archs:
                     number += 1
                     if number % jobs == part:

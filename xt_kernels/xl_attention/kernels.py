@@ -16,7 +16,7 @@ has one writer, and nothing is added atomically. Kept for backward: out and lse 
 Scores and sums are fp32 (fp64 for fp64); p and ds are rounded to the inputs' dtype for the products.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,28 +41,67 @@ class Config:
 
 
 # Chosen by reading the code that comes out (no spills, shared memory within sm_80's limit), not yet
-# by measurement: the first of each is shipped. Keyed by head dim up to which they hold, for 16-bit
-# inputs; wider types use the WIDE tables.
-FORWARD_CONFIGS = {
-    64: (Config(128, 64, 4, 3), Config(128, 128, 8, 3), Config(64, 64, 4, 3)),
-    128: (Config(128, 64, 8, 3), Config(128, 128, 8, 2), Config(64, 64, 4, 3)),
-    256: (Config(64, 64, 8, 2), Config(128, 64, 8, 2)),
+# by measurement: the first of each is shipped. Keyed by the head dim up to which they hold.
+# FAST: 16-bit tensors whose rows are copied 16 bytes at a time; a warp has 16 rows, or wgmma would
+# split tiles between warps along the head dim. ANY: 16-bit tensors under any strides. WIDE: fp32.
+FORWARD = {
+    "fast": {
+        64: (Config(128, 64, 8, 3), Config(128, 64, 4, 2), Config(64, 64, 4, 3)),
+        128: (Config(128, 64, 8, 2),),
+        256: (Config(64, 32, 8, 2),),
+    },
+    "any": {
+        64: (Config(64, 32, 8, 1),),
+        128: (Config(32, 32, 4, 1),),
+        256: (Config(32, 32, 8, 1),),
+    },
+    "wide": {
+        64: (Config(32, 32, 8, 1),),
+        128: (Config(16, 32, 8, 1),),
+        256: (Config(16, 16, 8, 1),),
+    },
 }
-QUERY_CONFIGS = {
-    64: (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
-    128: (Config(64, 64, 8, 2), Config(128, 64, 8, 2)),
-    256: (Config(64, 32, 8, 1),),
+QUERY = {
+    "fast": {
+        64: (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
+        128: (Config(128, 32, 8, 3), Config(128, 32, 8, 2)),
+        256: (Config(64, 16, 8, 2),),
+    },
+    "any": {
+        64: (Config(64, 32, 8, 1),),
+        128: (Config(32, 32, 8, 1),),
+        256: (Config(32, 32, 8, 1),),
+    },
+    "wide": {
+        64: (Config(32, 32, 8, 1),),
+        128: (Config(16, 16, 8, 1),),
+        256: (Config(16, 16, 8, 1),),
+    },
 }
-KEY_CONFIGS = {
-    64: (Config(64, 128, 8, 3), Config(64, 64, 4, 3)),
-    128: (Config(64, 64, 8, 2), Config(64, 128, 8, 2)),
-    256: (Config(32, 64, 8, 1),),
+KEY = {
+    "fast": {
+        64: (Config(64, 128, 8, 3), Config(32, 128, 8, 3)),
+        128: (Config(32, 128, 8, 2),),
+        # A second buffer of queries would spill.
+        256: (Config(16, 64, 8, 1),),
+    },
+    "any": {
+        64: (Config(32, 64, 8, 1),),
+        128: (Config(32, 32, 8, 1),),
+        256: (Config(32, 32, 8, 1),),
+    },
+    "wide": {
+        64: (Config(32, 32, 8, 1),),
+        128: (Config(16, 16, 8, 1),),
+        256: (Config(16, 16, 8, 1),),
+    },
 }
-WIDE_CONFIGS = {
-    64: (Config(32, 32, 4, 1),),
-    128: (Config(16, 32, 4, 1),),
-    256: (Config(16, 16, 4, 1),),
-}
+
+
+@triton.jit
+def _head(ptr, pid_b, pid_h, strides):
+    """Pointer to the first row of a head."""
+    return ptr + offset(pid_b, strides[0]) + offset(pid_h, strides[1])
 
 
 @triton.jit
@@ -135,7 +174,7 @@ def _attend(
 @triton.jit
 def _xl_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, mk_ptr, mv_ptr, out_ptr, lse_ptr,
-    q_strides, k_strides, v_strides, mk_strides, mv_strides, out_strides,
+    q_strides, k_strides, v_strides, mk_strides, mv_strides, out_strides, lse_strides,
     scale_parts, num_heads, group, len_q, len_k, len_m,
     IS_CAUSAL: tl.constexpr, NEGATE: tl.constexpr, HAS_MEMORY: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -155,7 +194,7 @@ def _xl_attention_fwd_kernel(
     mask_m = offs_m < len_q
     scale_log2 = _scale(scale_parts, ACC) * LOG2E
 
-    q_base = q_ptr + offset(pid_b, q_strides[0]) + offset(pid_h, q_strides[1])
+    q_base = _head(q_ptr, pid_b, pid_h, q_strides)
     q = _rows(q_base, first, q_strides[2:], row, offs_d, mask_m, HEAD_DIM, BLOCK_D)
     if NEGATE:
         q = -q
@@ -164,8 +203,8 @@ def _xl_attention_fwd_kernel(
     row_sum = tl.zeros([BLOCK_M], ACC)
 
     if HAS_MEMORY:
-        mk_base = mk_ptr + offset(pid_b, mk_strides[0]) + offset(pid_g, mk_strides[1])
-        mv_base = mv_ptr + offset(pid_b, mv_strides[0]) + offset(pid_g, mv_strides[1])
+        mk_base = _head(mk_ptr, pid_b, pid_g, mk_strides)
+        mv_base = _head(mv_ptr, pid_b, pid_g, mv_strides)
         whole = len_m // BLOCK_N * BLOCK_N
         acc, row_max, row_sum = _attend(
             acc, row_max, row_sum, q, mk_base, mv_base, mk_strides[2:], mv_strides[2:], 0, whole,
@@ -178,8 +217,8 @@ def _xl_attention_fwd_kernel(
             PRECISION, ACC,
         )  # fmt: skip
 
-    k_base = k_ptr + offset(pid_b, k_strides[0]) + offset(pid_g, k_strides[1])
-    v_base = v_ptr + offset(pid_b, v_strides[0]) + offset(pid_g, v_strides[1])
+    k_base = _head(k_ptr, pid_b, pid_g, k_strides)
+    v_base = _head(v_ptr, pid_b, pid_g, v_strides)
     shift = len_k - len_q
     whole, last = len_k, len_k
     if IS_CAUSAL:  # keys that the first row sees, and those that the last one does
@@ -200,9 +239,10 @@ def _xl_attention_fwd_kernel(
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
     lse = (row_max + tl.log2(row_sum)) * LN2
     lse = tl.where(row_sum == 0.0, float("-inf"), lse)
-    out_base = out_ptr + offset(pid_b, out_strides[0]) + offset(pid_h, out_strides[1])
+    out_base = _head(out_ptr, pid_b, pid_h, out_strides)
     _store_rows(out_base, acc, first, out_strides[2:], row, offs_d, mask_m, HEAD_DIM, BLOCK_D)
-    tl.store(lse_ptr + offset(pid_bh, len_q) + offs_m, lse, mask=mask_m)
+    lse_ptrs = _head(lse_ptr, pid_b, pid_h, lse_strides) + offset(offs_m, lse_strides[2])
+    tl.store(lse_ptrs, lse, mask=mask_m)
 
 
 @triton.jit
@@ -213,7 +253,8 @@ def _attend_bwd(
 ):  # fmt: skip
     """Adds ds k over keys [begin, end) to dq."""
     offs_n = tl.arange(0, BLOCK_N)
-    for first in tl.range(begin, end, BLOCK_N):
+    # Hoisted addresses would not fit in registers beside three tiles.
+    for first in tl.range(begin, end, BLOCK_N, disable_licm=True):
         mask_n = first + offs_n < length
         k = _rows(k_ptr, first, k_strides, offs_n, offs_d, mask_n, HEAD_DIM, BLOCK_D)
         v = _rows(v_ptr, first, v_strides, offs_n, offs_d, mask_n, HEAD_DIM, BLOCK_D)
@@ -231,7 +272,7 @@ def _attend_bwd(
 def _xl_attention_bwd_query_kernel(
     q_ptr, k_ptr, v_ptr, mk_ptr, mv_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, dq_ptr, delta_ptr,
     q_strides, k_strides, v_strides, mk_strides, mv_strides, out_strides, do_strides, dq_strides,
-    scale_parts, num_heads, group, len_q, len_k, len_m,
+    lse_strides, dlse_strides, scale_parts, num_heads, group, len_q, len_k, len_m,
     IS_CAUSAL: tl.constexpr, NEGATE: tl.constexpr, HAS_MEMORY: tl.constexpr,
     HAS_DLSE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
@@ -251,17 +292,19 @@ def _xl_attention_bwd_query_kernel(
     scale = _scale(scale_parts, ACC)
     scale_log2 = scale * LOG2E
 
-    q_base = q_ptr + offset(pid_b, q_strides[0]) + offset(pid_h, q_strides[1])
-    out_base = out_ptr + offset(pid_b, out_strides[0]) + offset(pid_h, out_strides[1])
-    do_base = do_ptr + offset(pid_b, do_strides[0]) + offset(pid_h, do_strides[1])
+    q_base = _head(q_ptr, pid_b, pid_h, q_strides)
+    out_base = _head(out_ptr, pid_b, pid_h, out_strides)
+    do_base = _head(do_ptr, pid_b, pid_h, do_strides)
     do = _rows(do_base, first, do_strides[2:], row, offs_d, mask_m, HEAD_DIM, BLOCK_D)
     out = _rows(out_base, first, out_strides[2:], row, offs_d, mask_m, HEAD_DIM, BLOCK_D)
     delta = tl.sum(do.to(ACC) * out.to(ACC), 1)
-    place = offset(pid_bh, len_q) + offs_m
     if HAS_DLSE:
-        delta -= tl.load(dlse_ptr + place, mask=mask_m, other=0.0)
-    tl.store(delta_ptr + place, delta, mask=mask_m)
-    lse_log2 = tl.load(lse_ptr + place, mask=mask_m, other=0.0) * LOG2E
+        dlse_ptrs = _head(dlse_ptr, pid_b, pid_h, dlse_strides) + offset(offs_m, dlse_strides[2])
+        delta -= tl.load(dlse_ptrs, mask=mask_m, other=0.0)
+    delta_ptrs = _head(delta_ptr, pid_b, pid_h, lse_strides) + offset(offs_m, lse_strides[2])
+    tl.store(delta_ptrs, delta, mask=mask_m)
+    lse_ptrs = _head(lse_ptr, pid_b, pid_h, lse_strides) + offset(offs_m, lse_strides[2])
+    lse_log2 = tl.load(lse_ptrs, mask=mask_m, other=0.0) * LOG2E
     # A row without keys has lse = -inf and no p but 0.
     lse_log2 = tl.where(lse_log2 == float("-inf"), 0.0, lse_log2)
     q = _rows(q_base, first, q_strides[2:], row, offs_d, mask_m, HEAD_DIM, BLOCK_D)
@@ -270,8 +313,8 @@ def _xl_attention_bwd_query_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
 
     if HAS_MEMORY:
-        mk_base = mk_ptr + offset(pid_b, mk_strides[0]) + offset(pid_g, mk_strides[1])
-        mv_base = mv_ptr + offset(pid_b, mv_strides[0]) + offset(pid_g, mv_strides[1])
+        mk_base = _head(mk_ptr, pid_b, pid_g, mk_strides)
+        mv_base = _head(mv_ptr, pid_b, pid_g, mv_strides)
         whole = len_m // BLOCK_N * BLOCK_N
         dq = _attend_bwd(
             dq, q, do, lse_log2, delta, mk_base, mv_base, mk_strides[2:], mv_strides[2:], 0, whole,
@@ -284,8 +327,8 @@ def _xl_attention_bwd_query_kernel(
             PRECISION, ACC,
         )  # fmt: skip
 
-    k_base = k_ptr + offset(pid_b, k_strides[0]) + offset(pid_g, k_strides[1])
-    v_base = v_ptr + offset(pid_b, v_strides[0]) + offset(pid_g, v_strides[1])
+    k_base = _head(k_ptr, pid_b, pid_g, k_strides)
+    v_base = _head(v_ptr, pid_b, pid_g, v_strides)
     shift = len_k - len_q
     whole, last = len_k, len_k
     if IS_CAUSAL:
@@ -303,13 +346,13 @@ def _xl_attention_bwd_query_kernel(
     )  # fmt: skip
 
     dq = dq * (-scale if NEGATE else scale)
-    dq_base = dq_ptr + offset(pid_b, dq_strides[0]) + offset(pid_h, dq_strides[1])
+    dq_base = _head(dq_ptr, pid_b, pid_h, dq_strides)
     _store_rows(dq_base, dq, first, dq_strides[2:], row, offs_d, mask_m, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def _collect(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_strides, do_strides, begin, length,
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_strides, do_strides, lse_stride, begin, length,
     scale_log2, offs_n, offs_d, shift, IS_CAUSAL: tl.constexpr, NEGATE: tl.constexpr,
     BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr,
@@ -326,9 +369,10 @@ def _collect(
         # Rows past the end are 0 in q, dout, lse and D: their p is 1, and adds 0 to dk and dv.
         q = _rows(q_ptr, first, q_strides, row, offs_d, mask_m, HEAD_DIM, BLOCK_D)
         do = _rows(do_ptr, first, do_strides, row, offs_d, mask_m, HEAD_DIM, BLOCK_D)
-        lse_log2 = tl.load(lse_ptr + offs_m, mask=mask_m, other=0.0) * LOG2E
+        place = offset(offs_m, lse_stride)
+        lse_log2 = tl.load(lse_ptr + place, mask=mask_m, other=0.0) * LOG2E
         lse_log2 = tl.where(lse_log2 == float("-inf"), 0.0, lse_log2)
-        delta = tl.load(delta_ptr + offs_m, mask=mask_m, other=0.0)
+        delta = tl.load(delta_ptr + place, mask=mask_m, other=0.0)
         if NEGATE:
             q = -q
         score = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * scale_log2
@@ -345,7 +389,7 @@ def _collect(
 @triton.jit
 def _xl_attention_bwd_key_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides,
+    q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides, lse_strides,
     scale_parts, num_key_heads, group, len_q, len_k,
     IS_CAUSAL: tl.constexpr, NEGATE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
@@ -362,8 +406,8 @@ def _xl_attention_bwd_key_kernel(
     scale_log2 = scale * LOG2E
     shift = len_k - len_q
 
-    k_base = k_ptr + offset(pid_b, k_strides[0]) + offset(pid_g, k_strides[1])
-    v_base = v_ptr + offset(pid_b, v_strides[0]) + offset(pid_g, v_strides[1])
+    k_base = _head(k_ptr, pid_b, pid_g, k_strides)
+    v_base = _head(v_ptr, pid_b, pid_g, v_strides)
     dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     dv = tl.zeros([BLOCK_N, BLOCK_D], ACC)
 
@@ -375,40 +419,35 @@ def _xl_attention_bwd_key_kernel(
         k = _rows(k_base, first, k_strides[2:], row, offs_d, mask_n, HEAD_DIM, BLOCK_D)
         v = _rows(v_base, first, v_strides[2:], row, offs_d, mask_n, HEAD_DIM, BLOCK_D)
         pid_h = pid_g * group + member
-        q_base = q_ptr + offset(pid_b, q_strides[0]) + offset(pid_h, q_strides[1])
-        do_base = do_ptr + offset(pid_b, do_strides[0]) + offset(pid_h, do_strides[1])
-        rows = offset(pid_bg * group + member, len_q)
+        q_base = _head(q_ptr, pid_b, pid_h, q_strides)
+        do_base = _head(do_ptr, pid_b, pid_h, do_strides)
+        lse_base = _head(lse_ptr, pid_b, pid_h, lse_strides)
+        delta_base = _head(delta_ptr, pid_b, pid_h, lse_strides)
         dk, dv = _collect(
-            dk, dv, k, v, q_base, do_base, lse_ptr + rows, delta_ptr + rows, q_strides[2:],
-            do_strides[2:], begin, len_q, scale_log2, offs_n, offs_d, shift, IS_CAUSAL, NEGATE,
+            dk, dv, k, v, q_base, do_base, lse_base, delta_base, q_strides[2:], do_strides[2:],
+            lse_strides[2], begin, len_q, scale_log2, offs_n, offs_d, shift, IS_CAUSAL, NEGATE,
             BLOCK_M, HEAD_DIM, BLOCK_D, PRECISION, ACC,
         )  # fmt: skip
 
     # q was negated where the scale was, so dk needs its size alone.
-    dk_base = dk_ptr + offset(pid_b, dk_strides[0]) + offset(pid_g, dk_strides[1])
-    dv_base = dv_ptr + offset(pid_b, dv_strides[0]) + offset(pid_g, dv_strides[1])
+    dk_base = _head(dk_ptr, pid_b, pid_g, dk_strides)
+    dv_base = _head(dv_ptr, pid_b, pid_g, dv_strides)
     _store_rows(dk_base, dk * scale, first, dk_strides[2:], row, offs_d, mask_n, HEAD_DIM, BLOCK_D)
     _store_rows(dv_base, dv, first, dv_strides[2:], row, offs_d, mask_n, HEAD_DIM, BLOCK_D)
 
 
-def _configs(table, query: torch.Tensor) -> tuple[Config, ...]:
-    table = WIDE_CONFIGS if query.dtype.itemsize > 2 else table
-    return next(configs for most, configs in table.items() if query.shape[-1] <= most)
+def configs(table: dict, tensors: Sequence[torch.Tensor]) -> tuple[Config, ...]:
+    """The configs of a table that fit these tensors, the shipped one first."""
+    kind = "fast" if all(_in_pieces(t) for t in tensors) else "any"
+    if tensors[0].dtype.itemsize > 2:
+        kind = "wide"
+    return next(found for most, found in table[kind].items() if tensors[0].shape[-1] <= most)
 
 
-def forward_configs(query: torch.Tensor) -> tuple[Config, ...]:
-    """The configs that fit this head dim and dtype, the shipped one first."""
-    return _configs(FORWARD_CONFIGS, query)
-
-
-def query_configs(query: torch.Tensor) -> tuple[Config, ...]:
-    """As `forward_configs`, for dq."""
-    return _configs(QUERY_CONFIGS, query)
-
-
-def key_configs(query: torch.Tensor) -> tuple[Config, ...]:
-    """As `forward_configs`, for dk and dv."""
-    return _configs(KEY_CONFIGS, query)
+def _in_pieces(tensor: torch.Tensor) -> bool:
+    """Whether the compiler knows that rows start at multiples of 16 bytes and have no gaps."""
+    *steps, last = tensor.stride()
+    return last == 1 and tensor.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in steps)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -439,6 +478,17 @@ def _common(query: torch.Tensor, scale: float, config: Config) -> dict:
     }
 
 
+# Results, in functions of their own so that a test can put them elsewhere.
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor)
+
+
+def _row_values(query: torch.Tensor) -> torch.Tensor:
+    """`[B, H, L]` for lse and D, whose strides the kernels take to be equal."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return torch.empty(query.shape[:3], dtype=wide, device=query.device)
+
+
 def launch_forward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -450,19 +500,17 @@ def launch_forward(
     config: Config | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out `[B, H, L, D]`, lse `[B, H, L]`)."""
-    config = config or forward_configs(query)[0]
     batch, heads, length, _ = query.shape
-    out = torch.empty_like(query)
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    lse = torch.empty((batch, heads, length), dtype=wide, device=query.device)
+    out, lse = _like(query), _row_values(query)
     has_memory = memory_key is not None and memory_key.shape[2] > 0
     mk, mv = (memory_key, memory_value) if has_memory else (key, value)
+    config = config or configs(FORWARD, (query, key, value, mk, mv, out))[0]
     programs = batch * heads * triton.cdiv(length, config.block_m)
     if programs:
         _xl_attention_fwd_kernel[(programs,)](
             query, key, value, mk, mv, out, lse,
             query.stride(), key.stride(), value.stride(), mk.stride(), mv.stride(), out.stride(),
-            _parts(scale), heads, heads // key.shape[1], length, key.shape[2], mk.shape[2],
+            lse.stride(), _parts(scale), heads, heads // key.shape[1], length, key.shape[2], mk.shape[2],
             IS_CAUSAL=is_causal, HAS_MEMORY=has_memory, **_common(query, scale, config),
         )  # fmt: skip
     return out, lse
@@ -485,34 +533,35 @@ def launch_backward(
     key_config: Config | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """(dq, dk, dv), and (dmk, dmv) behind them if needs_memory."""
-    query_config = query_config or query_configs(query)[0]
-    key_config = key_config or key_configs(query)[0]
     batch, heads, length, _ = query.shape
     key_heads, group = key.shape[1], heads // key.shape[1]
-    dq, delta = torch.empty_like(query), torch.empty_like(lse)
+    dq, delta = _like(query), _row_values(query)
+    dlse = lse if grad_lse is None else grad_lse
     has_memory = memory_key is not None and memory_key.shape[2] > 0
     mk, mv = (memory_key, memory_value) if has_memory else (key, value)
+    tensors = (query, key, value, mk, mv, out, grad_out, dq)
+    query_config = query_config or configs(QUERY, tensors)[0]
     programs = batch * heads * triton.cdiv(length, query_config.block_m)
     if programs:
         _xl_attention_bwd_query_kernel[(programs,)](
-            query, key, value, mk, mv, out, grad_out, lse,
-            lse if grad_lse is None else grad_lse, dq, delta,
+            query, key, value, mk, mv, out, grad_out, lse, dlse, dq, delta,
             query.stride(), key.stride(), value.stride(), mk.stride(), mv.stride(), out.stride(),
-            grad_out.stride(), dq.stride(),
+            grad_out.stride(), dq.stride(), lse.stride(), dlse.stride(),
             _parts(scale), heads, group, length, key.shape[2], mk.shape[2],
             IS_CAUSAL=is_causal, HAS_MEMORY=has_memory, HAS_DLSE=grad_lse is not None,
             **_common(query, scale, query_config),
         )  # fmt: skip
 
     def keys(k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        dk, dv = torch.empty_like(k), torch.empty_like(v)
-        programs = batch * key_heads * triton.cdiv(k.shape[2], key_config.block_n)
+        dk, dv = _like(k), _like(v)
+        config = key_config or configs(KEY, (query, k, v, grad_out, dk, dv))[0]
+        programs = batch * key_heads * triton.cdiv(k.shape[2], config.block_n)
         if programs:
             _xl_attention_bwd_key_kernel[(programs,)](
                 query, k, v, grad_out, lse, delta, dk, dv,
                 query.stride(), k.stride(), v.stride(), grad_out.stride(), dk.stride(), dv.stride(),
-                _parts(scale), key_heads, group, length, k.shape[2],
-                IS_CAUSAL=causal, **_common(query, scale, key_config),
+                lse.stride(), _parts(scale), key_heads, group, length, k.shape[2],
+                IS_CAUSAL=causal, **_common(query, scale, config),
             )  # fmt: skip
         return dk, dv
 
@@ -520,71 +569,80 @@ def launch_backward(
     return (*grads, *keys(memory_key, memory_value, False)) if needs_memory else grads
 
 
-def aot_case(kind: str, head_dim: int, dtype: str, config: Config, is_causal: bool) -> AotCase:
-    """One kernel with memory, as the launchers compile it."""
+def aot_cases() -> Iterator[AotCase]:
+    """What the launchers compile, with memory: every config, causal or not."""
     heads_first = ("i64", "i64", "i32", 1)
-    sizes = dict.fromkeys(("len_q", "len_k", "len_m"), "i32")
-    kernel, tensors, strided = {
+    inputs, sizes = ("q", "k", "v", "mk", "mv"), ("len_q", "len_k", "len_m")
+    # The kernel, its tables, tensors [B, H, L, D], tensors [B, H, L], and integers.
+    forms = {
         "fwd": (
             _xl_attention_fwd_kernel,
-            ("q", "k", "v", "mk", "mv", "out", "lse"),
-            ("q", "k", "v", "mk", "mv", "out"),
+            FORWARD,
+            (*inputs, "out"),
+            ("lse",),
+            ("num_heads", "group", *sizes),
         ),
         "dq": (
             _xl_attention_bwd_query_kernel,
-            ("q", "k", "v", "mk", "mv", "out", "do", "lse", "dlse", "dq", "delta"),
-            ("q", "k", "v", "mk", "mv", "out", "do", "dq"),
+            QUERY,
+            (*inputs, "out", "do", "dq"),
+            ("lse", "dlse", "delta"),
+            ("num_heads", "group", *sizes),
         ),
         "dkv": (
             _xl_attention_bwd_key_kernel,
-            ("q", "k", "v", "do", "lse", "delta", "dk", "dv"),
+            KEY,
             ("q", "k", "v", "do", "dk", "dv"),
+            ("lse", "delta"),
+            ("num_key_heads", "group", *sizes[:2]),
         ),
-    }[kind]
-    fp32 = ("lse", "dlse", "delta")
-    heads = "num_key_heads" if kind == "dkv" else "num_heads"
-    constexprs = {
-        "IS_CAUSAL": is_causal,
-        "NEGATE": False,
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": triton.next_power_of_2(head_dim),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "PRECISION": "ieee",
-        "ACC": tl.float32,
     }
-    if kind != "dkv":
-        constexprs["HAS_MEMORY"] = True
-    if kind == "dq":
-        constexprs["HAS_DLSE"] = True
-    return AotCase(
-        name=f"{kind}-{dtype}-d{head_dim}-{config.block_m}x{config.block_n}"
-        + ("-causal" if is_causal else ""),
-        kernel=kernel,
-        signature={
-            **{f"{t}_ptr": "*fp32" if t in fp32 else f"*{dtype}" for t in tensors},
-            **{f"{t}_strides": heads_first for t in strided},
-            "scale_parts": ("fp32", "fp32"),
-            heads: "i32",
-            "group": "i32",
-            **({k: v for k, v in sizes.items() if k != "len_m"} if kind == "dkv" else sizes),
-        },
-        constexprs=constexprs,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        has_dots=dtype != "fp32",
-        pipelined=config.num_stages > 1,
-    )
+    flags = {"fwd": {"HAS_MEMORY": True}, "dq": {"HAS_MEMORY": True, "HAS_DLSE": True}, "dkv": {}}
 
+    def case(
+        form: str, kind: str, dtype: str, head_dim: int, config: Config, is_causal: bool
+    ) -> AotCase:
+        kernel, _, tensors, rows, integers = forms[form]
+        element = "fp32" if kind == "wide" else dtype
+        tile = f"{config.block_m}x{config.block_n}x{config.num_warps}x{config.num_stages}"
+        return AotCase(
+            name=f"{form}-{kind}-{dtype}-d{head_dim}-{tile}{'-causal' if is_causal else ''}",
+            kernel=kernel,
+            signature={
+                **{f"{t}_ptr": f"*{element}" for t in tensors},
+                **{f"{t}_ptr": "*fp32" for t in rows},
+                **{f"{t}_strides": heads_first for t in tensors},
+                # D has the strides of lse.
+                **{f"{t}_strides": ("i32", "i32", 1) for t in rows if t != "delta"},
+                **dict.fromkeys(integers, "i32"),
+                "scale_parts": ("fp32", "fp32"),
+            },
+            constexprs={
+                "IS_CAUSAL": is_causal,
+                "NEGATE": False,
+                "HEAD_DIM": head_dim,
+                "BLOCK_D": triton.next_power_of_2(head_dim),
+                "BLOCK_M": config.block_m,
+                "BLOCK_N": config.block_n,
+                "PRECISION": "tf32" if dtype == "tf32" else "ieee",
+                "ACC": tl.float32,
+                **flags[form],
+            },
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            has_dots=dtype != "fp32",
+            pipelined=config.num_stages > 1,
+            aligned_only=kind == "fast",
+        )
 
-def aot_cases() -> Iterator[AotCase]:
-    """What the launchers compile: every config, with memory, causal and not."""
-    tables = (("fwd", FORWARD_CONFIGS), ("dq", QUERY_CONFIGS), ("dkv", KEY_CONFIGS))
-    for kind, table in tables:
-        for most, configs in table.items():
-            for config in configs:
-                yield aot_case(kind, most, "bf16", config, False)
-            yield aot_case(kind, most, "bf16", configs[0], True)
-        for most, configs in WIDE_CONFIGS.items():
-            yield aot_case(kind, most, "fp32", configs[0], False)
-        yield aot_case(kind, 80, "fp16", table[128][0], False)
+    for form, (_, table, *_) in forms.items():
+        for most, found in table["fast"].items():
+            for config in found:
+                yield case(form, "fast", "bf16", most, config, True)
+            yield case(form, "fast", "bf16", most, found[0], False)
+        yield case(form, "fast", "fp16", 80, table["fast"][128][0], True)
+        for most, (config, *_) in table["any"].items():
+            yield case(form, "any", "bf16", most, config, True)
+        for most, (config, *_) in table["wide"].items():
+            yield case(form, "wide", "fp32", most, config, True)
+            yield case(form, "wide", "tf32", most, config, True)
