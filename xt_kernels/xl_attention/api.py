@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -103,7 +104,7 @@ def _check_like(
     name: str,
     tensor: torch.Tensor,
     length: str,
-    sizes: list[int | None],
+    sizes: Sequence[int | None],
     other: str = "query",
 ) -> None:
     """`tensor` has the sizes that `other` asks for, and dtype and device of query."""

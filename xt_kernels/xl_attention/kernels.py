@@ -8,12 +8,12 @@ With D_i = dout_i . out_i - dlse_i and ds_ij = p_ij (dout_i . v_j - D_i):
 
     dq_i = scale sum_j ds_ij k_j     dk_j = scale sum_i ds_ij q_i     dv_j = sum_i p_ij dout_i
 
-(Dao et al. 2022, algorithms 1 and 4; the lse gradient only shifts D.) Forward and dq: a program owns
-BLOCK_M queries of one head and walks over the key blocks of memory, then of the current keys, with one
-online softmax. dk, dv: a program owns BLOCK_N keys of one key head and walks over the queries of its
-group; launched once for current keys, and once for memory if its gradient is wanted. So each gradient
-has one writer, and nothing is added atomically. Kept for backward: out and lse (fp32, natural log).
-Scores and sums are fp32 (fp64 for fp64); p and ds are rounded to the inputs' dtype for the products.
+(Dao et al. 2022, algorithms 1 and 4; the lse gradient only shifts D.) Forward and dq: a program
+owns BLOCK_M queries of one head and walks over the keys of memory, then over the current ones, with
+one online softmax. dk, dv: a program owns BLOCK_N keys of a key head and walks over the queries of
+its group; launched once for current keys, and once for memory if its gradient is wanted. So each
+gradient has one writer and nothing is atomic. Kept for backward: out and lse (fp32, natural log).
+Scores and sums are fp32 (fp64 for fp64); p and ds are rounded to the inputs' dtype for products.
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,16 +42,24 @@ class Config:
 
 # Chosen by reading the code that comes out (no spills, shared memory within sm_80's limit), not yet
 # by measurement: the first of each is shipped. Keyed by the head dim up to which they hold.
-# FAST: 16-bit tensors whose rows are copied 16 bytes at a time; a warp has 16 rows, or wgmma would
-# split tiles between warps along the head dim. ANY: 16-bit tensors under any strides. WIDE: fp32.
+# fast: 16-bit tensors whose rows are copied 16 bytes at a time; at least 16 rows a warp, or wgmma
+# would split tiles between warps along the head dim. any: 16 bits, any strides. wide: fp32.
 FORWARD = {
     "fast": {
         64: (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
         128: (Config(128, 64, 8, 2),),
         256: (Config(64, 32, 8, 2),),
     },
-    "any": {64: (Config(64, 32, 8, 1),), 128: (Config(32, 32, 8, 1),), 256: (Config(32, 16, 8, 1),)},
-    "wide": {64: (Config(32, 32, 8, 1),), 128: (Config(16, 16, 8, 1),), 256: (Config(16, 16, 8, 1),)},
+    "any": {
+        64: (Config(64, 32, 8, 1),),
+        128: (Config(32, 32, 8, 1),),
+        256: (Config(32, 16, 8, 1),),
+    },
+    "wide": {
+        64: (Config(32, 32, 8, 1),),
+        128: (Config(16, 16, 8, 1),),
+        256: (Config(16, 16, 8, 1),),
+    },
 }
 QUERY = {
     "fast": {
@@ -59,8 +67,16 @@ QUERY = {
         128: (Config(128, 32, 8, 3), Config(128, 32, 8, 2)),
         256: (Config(64, 16, 8, 2),),
     },
-    "any": {64: (Config(64, 32, 8, 1),), 128: (Config(32, 32, 8, 1),), 256: (Config(32, 16, 8, 1),)},
-    "wide": {64: (Config(16, 32, 8, 1),), 128: (Config(16, 16, 8, 1),), 256: (Config(16, 16, 8, 1),)},
+    "any": {
+        64: (Config(64, 32, 8, 1),),
+        128: (Config(32, 32, 8, 1),),
+        256: (Config(32, 16, 8, 1),),
+    },
+    "wide": {
+        64: (Config(16, 32, 8, 1),),
+        128: (Config(16, 16, 8, 1),),
+        256: (Config(16, 16, 8, 1),),
+    },
 }
 KEY = {
     "fast": {
@@ -69,8 +85,16 @@ KEY = {
         # A second buffer of queries would spill.
         256: (Config(16, 64, 8, 1),),
     },
-    "any": {64: (Config(32, 64, 8, 1),), 128: (Config(16, 32, 8, 1),), 256: (Config(16, 32, 8, 1),)},
-    "wide": {64: (Config(16, 32, 8, 1),), 128: (Config(16, 16, 8, 1),), 256: (Config(16, 16, 8, 1),)},
+    "any": {
+        64: (Config(32, 64, 8, 1),),
+        128: (Config(16, 32, 8, 1),),
+        256: (Config(16, 32, 8, 1),),
+    },
+    "wide": {
+        64: (Config(16, 32, 8, 1),),
+        128: (Config(16, 16, 8, 1),),
+        256: (Config(16, 16, 8, 1),),
+    },
 }
 
 
@@ -81,8 +105,10 @@ def _head(ptr, pid_b, pid_h, strides):
 
 
 @triton.jit
-def _rows(ptr, first, strides, offs_m, offs_d, mask_m, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Tile [len(offs_m), BLOCK_D] of rows `first + offs_m`, zero where mask_m or the head dim ends."""
+def _rows(
+    ptr, first, strides, offs_m, offs_d, mask_m, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Tile [len(offs_m), BLOCK_D] of rows `first + offs_m`, 0 past mask_m and the head dim."""
     ptrs = ptr + offset(first, strides[0]) + offset(offs_m, strides[0])[:, None]
     ptrs += offset(offs_d, strides[1])[None, :]
     mask = mask_m[:, None]
@@ -93,8 +119,9 @@ def _rows(ptr, first, strides, offs_m, offs_d, mask_m, HEAD_DIM: tl.constexpr, B
 
 @triton.jit
 def _store_rows(
-    ptr, value, first, strides, offs_m, offs_d, mask_m, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
-):
+    ptr, value, first, strides, offs_m, offs_d, mask_m,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Writes a tile to rows `first + offs_m` where mask_m holds."""
     ptrs = ptr + offset(first, strides[0]) + offset(offs_m, strides[0])[:, None]
     ptrs += offset(offs_d, strides[1])[None, :]
@@ -160,7 +187,8 @@ def _xl_attention_fwd_kernel(
     blocks = tl.cdiv(len_q, BLOCK_M)
     pid_bh, pid_m = split(tl.program_id(0), blocks)
     if IS_CAUSAL:
-        pid_m = blocks - 1 - pid_m  # the longest rows first, so that no long program ends the launch
+        # The longest rows first, so that no long program ends the launch.
+        pid_m = blocks - 1 - pid_m
     pid_b, pid_h = split(pid_bh, num_heads)
     pid_g = pid_h // group
     first = pid_m * BLOCK_M
@@ -188,8 +216,8 @@ def _xl_attention_fwd_kernel(
             PRECISION, ACC,
         )  # fmt: skip
         acc, row_max, row_sum = _attend(
-            acc, row_max, row_sum, q, mk_base, mv_base, mk_strides[2:], mv_strides[2:], whole, len_m,
-            len_m, scale_log2, offs_m, offs_d, 0, True, False, BLOCK_N, HEAD_DIM, BLOCK_D,
+            acc, row_max, row_sum, q, mk_base, mv_base, mk_strides[2:], mv_strides[2:], whole,
+            len_m, len_m, scale_log2, offs_m, offs_d, 0, True, False, BLOCK_N, HEAD_DIM, BLOCK_D,
             PRECISION, ACC,
         )  # fmt: skip
 
@@ -316,9 +344,9 @@ def _xl_attention_bwd_query_kernel(
         scale_log2, offs_m, offs_d, shift, False, False, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, ACC,
     )  # fmt: skip
     dq = _attend_bwd(
-        dq, q, do, lse_log2, delta, k_base, v_base, k_strides[2:], v_strides[2:], whole, last, len_k,
-        scale_log2, offs_m, offs_d, shift, True, IS_CAUSAL, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION,
-        ACC,
+        dq, q, do, lse_log2, delta, k_base, v_base, k_strides[2:], v_strides[2:], whole, last,
+        len_k, scale_log2, offs_m, offs_d, shift, True, IS_CAUSAL, BLOCK_N, HEAD_DIM, BLOCK_D,
+        PRECISION, ACC,
     )  # fmt: skip
 
     dq = dq * (-scale if NEGATE else scale)
@@ -328,15 +356,15 @@ def _xl_attention_bwd_query_kernel(
 
 @triton.jit
 def _collect(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_strides, do_strides, lse_stride, begin, length,
-    scale_log2, offs_n, offs_d, shift, IS_CAUSAL: tl.constexpr, NEGATE: tl.constexpr,
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_strides, do_strides, lse_stride, begin,
+    length, scale_log2, offs_n, offs_d, shift, IS_CAUSAL: tl.constexpr, NEGATE: tl.constexpr,
     BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Adds ds^T q and p^T dout over queries [begin, length) to dk and dv.
 
-    p and ds are computed transposed, [keys, queries]: a transposed accumulator as the left side of a
-    dot is miscompiled on Hopper before Triton 3.7.1.
+    p and ds are computed transposed, [keys, queries]: a transposed accumulator as the left side of
+    a dot is miscompiled on Hopper before Triton 3.7.1.
     """
     row = tl.arange(0, BLOCK_M)
     for first in tl.range(begin, length, BLOCK_M, disable_licm=True):
@@ -390,7 +418,7 @@ def _xl_attention_bwd_key_kernel(
     begin = 0
     if IS_CAUSAL:  # the block of the first query that sees the first key
         begin = tl.minimum(tl.maximum(first - shift, 0), len_q) // BLOCK_M * BLOCK_M
-    # Not hoisted, k and v included: addresses of rows kept for the stores would not fit in registers.
+    # Not hoisted, k and v included: addresses kept for the stores would not fit in registers.
     for member in tl.range(0, group, disable_licm=True):
         k = _rows(k_base, first, k_strides[2:], row, offs_d, mask_n, HEAD_DIM, BLOCK_D)
         v = _rows(v_base, first, v_strides[2:], row, offs_d, mask_n, HEAD_DIM, BLOCK_D)
@@ -490,7 +518,8 @@ def launch_forward(
         _xl_attention_fwd_kernel[(programs,)](
             query, key, value, mk, mv, out, lse,
             query.stride(), key.stride(), value.stride(), mk.stride(), mv.stride(), out.stride(),
-            lse.stride(), _parts(scale), heads, heads // key.shape[1], length, key.shape[2], mk.shape[2],
+            lse.stride(), _parts(scale), heads, heads // key.shape[1], length, key.shape[2],
+            mk.shape[2],
             IS_CAUSAL=is_causal, HAS_MEMORY=has_memory, **_common(query, scale, config),
         )  # fmt: skip
     return out, lse
@@ -511,8 +540,8 @@ def launch_backward(
     needs_memory: bool,
     query_config: Config | None = None,
     key_config: Config | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """(dq, dk, dv), and (dmk, dmv) behind them if needs_memory."""
+) -> list[torch.Tensor]:
+    """[dq, dk, dv], and dmk, dmv behind them if needs_memory."""
     batch, heads, length, _ = query.shape
     key_heads, group = key.shape[1], heads // key.shape[1]
     dq, delta = _like(query), _row_values(query)
@@ -545,8 +574,8 @@ def launch_backward(
             )  # fmt: skip
         return dk, dv
 
-    grads = (dq, *keys(key, value, is_causal))
-    return (*grads, *keys(memory_key, memory_value, False)) if needs_memory else grads
+    grads = [dq, *keys(key, value, is_causal)]
+    return [*grads, *keys(memory_key, memory_value, False)] if needs_memory else grads
 
 
 def aot_cases() -> Iterator[AotCase]:

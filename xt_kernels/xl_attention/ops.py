@@ -25,9 +25,7 @@ def forward(
     from . import kernels
 
     with torch.cuda.device(query.device):
-        return kernels.launch_forward(
-            query, key, value, memory_key, memory_value, scale, is_causal
-        )
+        return kernels.launch_forward(query, key, value, memory_key, memory_value, scale, is_causal)
 
 
 @forward.register_kernel("cpu")
@@ -158,10 +156,8 @@ def _gradient(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     if grad_lse is not None:
-        grad_lse = grad_lse.to(lse.dtype).contiguous()
-    grads = backward(
-        *inputs, out, lse, grad_out, grad_lse, ctx.scale, ctx.is_causal, needs_memory
-    )
+        grad_lse = grad_lse.to(lse.dtype)
+    grads = backward(*inputs, out, lse, grad_out, grad_lse, ctx.scale, ctx.is_causal, needs_memory)
     grads = grads if needs_memory else [*grads, None, None]
     wanted = [g if n else None for g, n in zip(grads, ctx.needs_input_grad[:5], strict=True)]
     return *wanted, None, None
