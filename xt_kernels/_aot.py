@@ -63,7 +63,8 @@ class AotCase:
       pipelined: the aligned variant must load through `cp.async`.
       aligned_args: scalar integers (sizes, say) that are divisible by 16 in the aligned variant.
         Pointers, tuples and names with "stride" are so without being listed.
-      aligned_only: there is no unaligned variant, because the launcher takes another config then.
+      variants: "aligned", "unaligned"; one of them alone where the launcher takes another config for
+        the other tensors.
     """
 
     name: str
@@ -75,7 +76,7 @@ class AotCase:
     has_dots: bool = False
     pipelined: bool = False
     aligned_args: tuple[str, ...] = ()
-    aligned_only: bool = False
+    variants: tuple[str, ...] = ("aligned", "unaligned")
 
 
 @dataclass(frozen=True)
@@ -220,11 +221,11 @@ def _child(out: str, part: int, jobs: int, archs: Sequence[int], modules: Sequen
         module = importlib.import_module(name)
         cases = list(module.aot_cases()) if hasattr(module, "aot_cases") else []
         for case in cases:
-            for aligned in (True,) if case.aligned_only else (True, False):
+            for variant in case.variants:
                 for arch in archs:
                     number += 1
                     if number % jobs == part:
-                        rows.append(_measured(name, case, arch, aligned))
+                        rows.append(_measured(name, case, arch, variant == "aligned"))
         covered = {_bare(case.kernel).fn.__name__ for case in cases}
         if part == 0:
             missing = _kernels_of(module) - covered
