@@ -378,7 +378,7 @@ def test_detached_memory_costs_no_backward_work(monkeypatch):
     assert asked == [True, True, False]
 
 
-def test_detached_memory_skips_a_launch(device, monkeypatch):
+def test_detached_memory_skips_a_launch(honest, device, monkeypatch):
     launches = []
 
     class Spy:
@@ -491,8 +491,9 @@ def test_aligned_tensors_get_the_fast_configs(device, change):
     if change == "padded":
         query = F.pad(query, (0, 3))[..., :64]
     kind = "any" if change == "padded" else "fast"
-    found = kernels.configs(kernels.FORWARD, (query,))
-    assert found is kernels.FORWARD[kind][64]
+    if kind == "fast" and device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
+        kind = "ampere"
+    assert kernels.configs(kernels.FORWARD, (query,)) is kernels.FORWARD[kind][64]
 
 
 # 5. Edges

@@ -63,8 +63,7 @@ class AotCase:
       pipelined: the aligned variant must load through `cp.async`.
       aligned_args: scalar integers (sizes, say) that are divisible by 16 in the aligned variant.
         Pointers, tuples and names with "stride" are so without being listed.
-      variants: "aligned", "unaligned"; one of them alone where the launcher takes another config for
-        the other tensors.
+      variants, archs: fewer where the launcher takes another config for the rest.
     """
 
     name: str
@@ -77,6 +76,7 @@ class AotCase:
     pipelined: bool = False
     aligned_args: tuple[str, ...] = ()
     variants: tuple[str, ...] = ("aligned", "unaligned")
+    archs: tuple[int, ...] = ARCHS
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def _child(out: str, part: int, jobs: int, archs: Sequence[int], modules: Sequen
         cases = list(module.aot_cases()) if hasattr(module, "aot_cases") else []
         for case in cases:
             for variant in case.variants:
-                for arch in archs:
+                for arch in (a for a in archs if a in case.archs):
                     number += 1
                     if number % jobs == part:
                         rows.append(_measured(name, case, arch, variant == "aligned"))

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._aot import AotCase
+from .._aot import ARCHS, AotCase
 from .._tiles import offset, split
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -43,20 +43,26 @@ class Config:
 # Chosen by reading the code that comes out (no spills, shared memory within sm_80's limit), not yet
 # by measurement: the first of each is shipped. Keyed by the head dim up to which they hold.
 # fast: 16-bit tensors whose rows are copied 16 bytes at a time; at least 16 rows a warp, or wgmma
-# would split tiles between warps along the head dim. any: 16 bits, any strides. wide: fp32.
+# would split tiles between warps along the head dim. ampere: the same on sm_80, whose operands take
+# registers. any: 16 bits, any strides. wide: fp32.
 FORWARD = {
     "fast": {
         64: (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
         128: (Config(128, 64, 8, 2),),
         256: (Config(64, 32, 8, 2),),
     },
+    "ampere": {
+        64: (Config(64, 32, 4, 2),),
+        128: (Config(64, 32, 8, 2),),
+        256: (Config(32, 32, 8, 2),),
+    },
     "any": {
-        64: (Config(64, 32, 8, 1),),
+        64: (Config(32, 32, 8, 1),),
         128: (Config(32, 32, 8, 1),),
         256: (Config(32, 16, 8, 1),),
     },
     "wide": {
-        64: (Config(32, 32, 8, 1),),
+        64: (Config(16, 32, 8, 1),),
         128: (Config(16, 16, 8, 1),),
         256: (Config(16, 16, 8, 1),),
     },
@@ -66,6 +72,11 @@ QUERY = {
         64: (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
         128: (Config(128, 32, 8, 3), Config(128, 32, 8, 2)),
         256: (Config(64, 16, 8, 2),),
+    },
+    "ampere": {
+        64: (Config(64, 32, 4, 2),),
+        128: (Config(32, 32, 8, 2),),
+        256: (Config(32, 16, 8, 2),),
     },
     "any": {
         64: (Config(64, 32, 8, 1),),
@@ -84,6 +95,11 @@ KEY = {
         128: (Config(32, 128, 8, 2),),
         # A second buffer of queries would spill.
         256: (Config(16, 64, 8, 1),),
+    },
+    "ampere": {
+        64: (Config(16, 64, 4, 2),),
+        128: (Config(32, 32, 8, 2),),
+        256: (Config(16, 32, 8, 2),),
     },
     "any": {
         64: (Config(32, 64, 8, 1),),
@@ -442,7 +458,11 @@ def _xl_attention_bwd_key_kernel(
 
 def configs(table: dict, tensors: Sequence[torch.Tensor]) -> tuple[Config, ...]:
     """The configs of a table that fit these tensors, the shipped one first."""
-    kind = "fast" if all(_in_pieces(t) for t in tensors) else "any"
+    device = tensors[0].device
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9
+    kind = "any"
+    if all(_in_pieces(t) for t in tensors):
+        kind = "ampere" if old else "fast"
     if tensors[0].dtype.itemsize > 2:
         kind = "wide"
     return next(found for most, found in table[kind].items() if tensors[0].shape[-1] <= most)
@@ -604,12 +624,9 @@ def aot_cases() -> Iterator[AotCase]:
     }
     flags = {"fwd": {"HAS_MEMORY": True}, "dq": {"HAS_MEMORY": True, "HAS_DLSE": True}, "dkv": {}}
 
-    # The launchers tell the first two apart.
-    variants = {
-        "fast": ("aligned",),
-        "any": ("unaligned",),
-        "wide": ("aligned", "unaligned"),
-    }
+    # What the launchers tell apart.
+    variants = {"fast": ("aligned",), "ampere": ("aligned",), "any": ("unaligned",)}
+    archs = {"fast": (90, 100), "ampere": (80,)}
 
     def case(
         form: str, kind: str, dtype: str, head_dim: int, config: Config, is_causal: bool
@@ -644,7 +661,8 @@ def aot_cases() -> Iterator[AotCase]:
             num_stages=config.num_stages,
             has_dots=dtype != "fp32",
             pipelined=config.num_stages > 1,
-            variants=variants[kind],
+            variants=variants.get(kind, ("aligned", "unaligned")),
+            archs=archs.get(kind, ARCHS),
         )
 
     for form, (_, table, *_) in forms.items():
@@ -653,6 +671,8 @@ def aot_cases() -> Iterator[AotCase]:
                 yield case(form, "fast", "bf16", most, config, True)
             yield case(form, "fast", "bf16", most, found[0], False)
         yield case(form, "fast", "fp16", 80, table["fast"][128][0], True)
+        for most, (config, *_) in table["ampere"].items():
+            yield case(form, "ampere", "bf16", most, config, True)
         for most, (config, *_) in table["any"].items():
             yield case(form, "any", "bf16", most, config, True)
         for most, (config, *_) in table["wide"].items():
