@@ -214,12 +214,12 @@ def every_config():
 def test_every_config(honest, device, place, kind, head_dim, config):
     # A tile and one more on both axes, and causal, so that every loop runs.
     shape = (1, 1, 1, config.block_m + 1, config.block_n + 1, config.block_n + 1, head_dim)
-    dtype = torch.float32 if kind == "wide" else torch.bfloat16
+    dtype = torch.float32 if kind in ("wide", "tf32") else torch.bfloat16
     low, wide = inputs(shape, dtype, device)
     grads, wide_grads = grads_of(shape, dtype, device)
     configs = tuple(config if i == place else small for i, small in enumerate(SMALL))
     ours = by_kernel(low, grads, is_causal=True, configs=configs)
-    if kind == "wide":
+    if dtype == torch.float32:
         close(ours, results(dense, wide, wide_grads, is_causal=True))
     else:
         no_worse(ours, low, wide, grads, wide_grads, is_causal=True)

@@ -44,7 +44,7 @@ class Config:
 # by measurement: the first of each is shipped. Keyed by the head dim up to which they hold.
 # fast: 16-bit tensors whose rows are copied 16 bytes at a time; at least 16 rows a warp, or wgmma
 # would split tiles between warps along the head dim. ampere: the same on sm_80, whose operands take
-# registers. any: 16 bits, any strides. wide: fp32.
+# registers. any: 16 bits, any strides. wide: fp32 (IEEE) and fp64. tf32: fp32 with TF32 products.
 FORWARD = {
     "fast": {
         64: (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
@@ -57,14 +57,19 @@ FORWARD = {
         256: (Config(32, 32, 8, 2),),
     },
     "any": {
-        64: (Config(32, 32, 8, 1),),
+        64: (Config(32, 32, 4, 1),),
         128: (Config(32, 32, 8, 1),),
         256: (Config(32, 16, 8, 1),),
     },
     "wide": {
-        64: (Config(16, 32, 8, 1),),
+        64: (Config(32, 16, 8, 1),),
         128: (Config(16, 16, 8, 1),),
         256: (Config(16, 16, 8, 1),),
+    },
+    "tf32": {
+        64: (Config(32, 32, 8, 1),),
+        128: (Config(16, 16, 8, 1),),
+        256: (Config(16, 32, 8, 1),),
     },
 }
 QUERY = {
@@ -86,7 +91,12 @@ QUERY = {
     "wide": {
         64: (Config(16, 32, 8, 1),),
         128: (Config(16, 16, 8, 1),),
-        256: (Config(16, 16, 4, 1),),
+        256: (Config(16, 16, 8, 1),),
+    },
+    "tf32": {
+        64: (Config(16, 32, 8, 1),),
+        128: (Config(16, 16, 8, 1),),
+        256: (Config(32, 16, 8, 1),),
     },
 }
 KEY = {
@@ -107,6 +117,11 @@ KEY = {
         256: (Config(16, 32, 8, 1),),
     },
     "wide": {
+        64: (Config(16, 32, 8, 1),),
+        128: (Config(16, 16, 4, 1),),
+        256: (Config(16, 16, 8, 1),),
+    },
+    "tf32": {
         64: (Config(16, 32, 8, 1),),
         128: (Config(16, 16, 8, 1),),
         256: (Config(16, 16, 8, 1),),
@@ -464,7 +479,7 @@ def configs(table: dict, tensors: Sequence[torch.Tensor]) -> tuple[Config, ...]:
     if all(_in_pieces(t) for t in tensors):
         kind = "ampere" if old else "fast"
     if tensors[0].dtype.itemsize > 2:
-        kind = "wide"
+        kind = "wide" if _precision(tensors[0].dtype) == "ieee" else "tf32"
     return next(found for most, found in table[kind].items() if tensors[0].shape[-1] <= most)
 
 
@@ -632,10 +647,10 @@ def aot_cases() -> Iterator[AotCase]:
         form: str, kind: str, dtype: str, head_dim: int, config: Config, is_causal: bool
     ) -> AotCase:
         kernel, _, tensors, rows, integers = forms[form]
-        element = "fp32" if kind == "wide" else dtype
+        element = "fp32" if kind in ("wide", "tf32") else dtype
         tile = f"{config.block_m}x{config.block_n}x{config.num_warps}x{config.num_stages}"
         return AotCase(
-            name=f"{form}-{kind}-{dtype}-d{head_dim}-{tile}{'-causal' if is_causal else ''}",
+            name=f"{form}-{kind}-{element}-d{head_dim}-{tile}{'-causal' if is_causal else ''}",
             kernel=kernel,
             signature={
                 **{f"{t}_ptr": f"*{element}" for t in tensors},
@@ -677,4 +692,5 @@ def aot_cases() -> Iterator[AotCase]:
             yield case(form, "any", "bf16", most, config, True)
         for most, (config, *_) in table["wide"].items():
             yield case(form, "wide", "fp32", most, config, True)
-            yield case(form, "wide", "tf32", most, config, True)
+        for most, (config, *_) in table["tf32"].items():
+            yield case(form, "tf32", "tf32", most, config, True)
