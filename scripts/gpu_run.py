@@ -105,19 +105,17 @@ def finish(status: int) -> None:
         sys.exit(int(status))
 
 
+def pytest_arguments(file: Path) -> list[str]:
+    """One file, without this project's own options, whose plugins may be missing."""
+    plain = ["-q", "-p", "no:cacheprovider", "-o", "addopts="]
+    return [*plain, f"--rootdir={file.parent}", str(file)]
+
+
 def child_tests(notes: Notes, file: Path, dry: bool) -> None:
     """Run one test file: all of it, or only the tests marked gpu if it is no kernel test."""
     import pytest
 
-    arguments = [
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "addopts=",
-        f"--rootdir={file.parent}",
-        str(file),
-    ]
+    arguments = pytest_arguments(file)
     if not is_kernel_test(file) or (dry and file.name != "test_testing.py"):
         arguments += ["-m", "gpu"]
     finish(pytest.main(arguments, plugins=[PytestNotes(notes)]))
@@ -150,16 +148,7 @@ def child_benches(notes: Notes, file: Path, dry: bool) -> None:
                     item.nodeid, outcome, call.duration, message=str(call.excinfo.value)
                 )
 
-    arguments = [
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "addopts=",
-        f"--rootdir={file.parent}",
-        str(file),
-    ]
-    arguments.append("--benchmark-only")
+    arguments = [*pytest_arguments(file), "--benchmark-only"]
     if dry:
         arguments += ["--benchmark-max-time=0.01", "--benchmark-min-rounds=1"]
     finish(pytest.main(arguments, plugins=[Numbers(notes)]))
