@@ -6,6 +6,11 @@ engine, the reading and the context encoder cost, extra_info["stream_over_encode
 
 from __future__ import annotations
 
+from xt_models.host import keep_memory_flat
+
+keep_memory_flat()  # before torch loads: both sides run as the command line does
+
+# ruff: noqa: E402
 import statistics
 import time
 import warnings
@@ -17,10 +22,8 @@ import zarr
 
 import xt_models as xm
 from xt_models.demo import write_scene
-from xt_models.host import keep_memory_flat
 from xt_models.registry import RandomWeightsWarning
 
-keep_memory_flat()  # both sides run as the command line does
 BATCH = 16
 
 

@@ -53,13 +53,15 @@ def write_image(path: Path, height: int, width: int, compression: str) -> None:
 
 def run_one(path: str, encoder: str, context: str, out: str | None) -> None:
     """Runs in the child: prints the stats as one line of JSON."""
+    from xt_models.host import keep_memory_flat
+
+    keep_memory_flat()  # before torch loads, as the command line does
+
     import warnings
 
     import xt_models as xm
-    from xt_models.host import keep_memory_flat
     from xt_models.registry import RandomWeightsWarning
 
-    keep_memory_flat()  # as the command line does
     warnings.simplefilter("ignore", RandomWeightsWarning)
     with xm.open_image(path) as source:
         model = xm.create_model(encoder, context=context, in_chans=source.bands)
