@@ -859,10 +859,10 @@ def test_bombs_are_refused_at_once(tmp_path: Path, content: bytes, message: str)
     path = tmp_path / "bomb.tif"
     path.write_bytes(content)
     tracemalloc.start()
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(SourceError, match=message):
         open_image(path)
-    took, peak = time.perf_counter() - began, tracemalloc.get_traced_memory()[1]
+    took, peak = time.process_time() - began, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert took < 1 and peak < 100 << 20
 
@@ -872,10 +872,10 @@ def test_a_long_true_header_is_cheap(tmp_path: Path) -> None:
     side = 1448  # 2,096,704 tiles, all of them listed: 32 MiB of header
     path.write_bytes(bomb_tiff(side * 16, 16, side**2, 8, side**2))
     tracemalloc.start()
-    began = time.perf_counter()
+    began = time.process_time()
     with open_image(path) as source:
         assert source.height == side * 16
-    took, peak = time.perf_counter() - began, tracemalloc.get_traced_memory()[1]
+    took, peak = time.process_time() - began, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert took < 1 and peak < 100 << 20
 
@@ -893,10 +893,10 @@ def test_many_pages_end_soon(tmp_path: Path) -> None:
         data += entries + bytes(4)
         struct.pack_into("<H", data, at + 2 + first.entry(256) - first.start - 2 + 8, 1 + i % 60)
     path.write_bytes(data)
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(SourceError, match="at most 2,000 pages, found one more"):
         open_image(path)
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 def test_picture_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -995,7 +995,7 @@ def test_random_damage_reads_or_says_so(tmp_path: Path, kind: str) -> None:
                     256
                 )
         path.write_bytes(data)
-        began = time.perf_counter()
+        began = time.process_time()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -1004,7 +1004,7 @@ def test_random_damage_reads_or_says_so(tmp_path: Path, kind: str) -> None:
         except SourceError as error:
             refused += 1
             assert str(path) in str(error) and "\n" not in str(error)
-        assert time.perf_counter() - began < 3
+        assert time.process_time() - began < 3
     assert tracemalloc.get_traced_memory()[1] < 200 << 20
     tracemalloc.stop()
     assert refused > 10
