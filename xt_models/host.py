@@ -32,14 +32,15 @@ def keep_memory_flat() -> None:
     """Gives large freed blocks back to the system at once. For programs, before torch loads.
 
     glibc otherwise keeps freed blocks of up to 32 MiB in its heaps, whose holes grow with the
-    length of a run. Streaming 4,096 x 4,096 px of JPEG with convnext_atto on one core (AMD EPYC,
-    Zen 5), above the model: 328 to 361 MiB and 16.0 CPU seconds as it comes; 240 MiB and 20.3 s
-    with blocks of 1 MiB and more mapped apart; 237 MiB and 16.9 s with huge pages for them as well.
+    length of a run. Streaming JPEG with convnext_atto on two cores (AMD EPYC, Zen 5), above the
+    model, 4,096 x 4,096 px and 16,384 x 16,384 px: 347 and 428 MiB as it comes; 219 and 234 with
+    blocks of 1 MiB and more mapped apart; 214 and 216 from 128 KiB on, at the same speed. Mapping
+    alone costs a quarter of the time; huge pages for the mapped blocks win it back.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first allocation
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD in malloc.h
+        mallopt(-3, 128 << 10)  # M_MMAP_THRESHOLD in malloc.h
 
 
 def available_memory() -> int:
