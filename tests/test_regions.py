@@ -439,6 +439,9 @@ def op_calls(device):
             True,
         ),
     )
+    regions = torch.zeros(2, 3, 3, 8, 8, device=device)
+    numbers = ([1.0, 2.0, 3.0], [0.0, 0.5, 0.1])
+    yield ops.extract_into, (image, regions, *numbers, [5, 0, 4], *size, 0, 0)
     yield ops.stitch_into, (maps_, buffer, [5, 0, 4, 2], None, *size, "row", True)
     yield (
         ops.stitch_backward,
@@ -456,7 +459,7 @@ def op_calls(device):
     )
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", range(6))
 def test_opcheck(number, device):
     op, args = list(op_calls(device))[number]
     torch.library.opcheck(op, args)
@@ -519,6 +522,27 @@ def test_strides_of_every_kind_and_inputs_untouched(honest, device):
     grad = with_gaps(torch.randn(2, 77, 8, device=device))
     whole = stitch_gradient_by_kernel(grad, features, GRID)
     assert torch.equal(whole, stitch_gradient_by_kernel(grad.contiguous(), before[1], GRID))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_regions_are_cut_into_buffers_of_any_strides(device, dtype):
+    image = torch.randint(256, (2, 3, 13, 21), dtype=torch.uint8, device=device)
+    whole = xk.extract_regions(image, GRID, mean=[0.1, 0.2, 0.3], dtype=dtype)
+    # Stored [C, R, B, s, s], with a region more at either end and each fourth column used.
+    storage = torch.full((3, 8, 2, 8, 8, 4), math.nan, dtype=dtype, device=device)
+    buffer = storage.permute(2, 1, 0, 3, 4, 5)[:, 1:-1, ..., 3]
+    for ids in ([4, 1], [0, 5, 3, 2]):
+        part = torch.empty_like(buffer[:, : len(ids)])
+        found = xk.extract_regions(image, GRID, regions=ids, mean=[0.1, 0.2, 0.3], out=part)
+        assert found is part
+        assert torch.equal(part, whole[:, ids])
+    xk.extract_regions(image, GRID, mean=[0.1, 0.2, 0.3], out=buffer)
+    assert torch.equal(buffer, whole)
+    assert torch.equal(
+        xk.extract_regions(image[0], GRID, mean=[0.1, 0.2, 0.3], out=part[0, :1], regions=[2]),
+        whole[0, 2:3],
+    )
+    assert storage[..., :3].isnan().all() and storage[:, [0, -1]].isnan().all()
 
 
 def test_buffers_are_filled_in_any_number_of_calls_and_order(device):
@@ -778,6 +802,17 @@ MAPS = torch.zeros(6, 8, 4, 4)
         (
             {"image": IMAGE.clone().requires_grad_(), "regions": [2, 2]},
             "regions must hold distinct region numbers where image needs a gradient, got 2 twice",
+        ),
+        ({"out": torch.zeros(5, 3, 8, 8)}, r"out must be \[R, C, s, s\] = \[6, 3, 8, 8\], got .*5"),
+        (
+            {"out": torch.zeros(6, 3, 8, 8), "dtype": torch.float16},
+            "out must be of dtype = float16, got float32",
+        ),
+        ({"out": torch.zeros(6, 3, 8, 8, device="meta")}, "out must be on the device of image ="),
+        ({"out": torch.zeros(6, 3, 8, 1).expand(6, 3, 8, 8)}, "out must have memory of its own"),
+        (
+            {"out": torch.zeros(6, 3, 8, 8), "image": IMAGE.clone().requires_grad_()},
+            "out must be None where a gradient is needed, got a buffer",
         ),
     ],
 )

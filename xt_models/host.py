@@ -41,7 +41,7 @@ def keep_memory_flat() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first allocation
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD in malloc.h
+        mallopt(-3, 128 << 10)  # M_MMAP_THRESHOLD in malloc.h
     if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:
         mallopt(-8, 1)  # M_ARENA_MAX
 

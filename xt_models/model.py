@@ -192,12 +192,13 @@ class XT(nn.Module, PyTorchModelHubMixin):
         grid: RegionGrid,
         regions: Sequence[int] | None = None,
         origin: tuple[int, int] = (0, 0),
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Normalised regions `[.., R, C, s, s]` of a window of pixels, in the model's dtype."""
         mean, std = self.normalization(image.dtype)
         dtype = next(self.parameters()).dtype
         return extract_regions(
-            image, grid, regions=regions, origin=origin, mean=mean, std=std, dtype=dtype
+            image, grid, regions=regions, origin=origin, mean=mean, std=std, dtype=dtype, out=out
         )
 
     def encode(self, regions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -88,7 +88,8 @@ def stream_chunks(
     source: what `open_image` returns. bands: band numbers from 0, default all.
     batch_size: regions encoded at once. readers: threads that read ahead.
     fill: value for NaN and infinite pixels; None refuses them.
-    on_regions: called with region numbers and normalised regions `[R, C, s, s]` of each batch.
+    on_regions: called with region numbers and normalised regions `[R, C, s, s]` of each batch, a
+        buffer that the next batch fills again.
 
     The tokens do not depend on batch_size, readers or the order in which reads finish, beyond the
     rounding of the backbone's own batched arithmetic.
@@ -107,14 +108,19 @@ def stream_chunks(
         regions = [region for _, region in batch]
         return [_read_run(source, grid, run, chosen, fill) for run in _runs(regions, grid)]
 
-    device = next(model.parameters()).device
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    shape = min(batch_size, len(visits)), model.config.in_chans, grid.region, grid.region
+    buffer = torch.empty(shape, device=device, dtype=dtype)
     pending: dict[int, _Chunk] = {}
     memory: Memory | None = None
     with torch.inference_mode(), _ReadAhead(read, batches, readers) as windows:
         for batch, parts in zip(batches, windows, strict=True):
-            cut = [model.extract(w.pixels.to(device), grid, w.regions, w.origin) for w in parts]
-            regions = cut[0] if len(cut) == 1 else torch.cat(cut)
             ids = [region for _, region in batch]
+            regions, filled = buffer[: len(ids)], 0
+            for w in parts:
+                part = regions[filled : filled + len(w.regions)]
+                model.extract(w.pixels.to(device), grid, w.regions, w.origin, out=part)
+                filled += len(w.regions)
             if on_regions is not None:
                 on_regions(ids, regions)
             features, raw = model.encode(regions)

@@ -27,8 +27,9 @@ def extract_regions(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     scale: float | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cuts regions out of an image window: `(pixel * scale - mean) / std`, zero outside the image.
 
@@ -40,13 +41,17 @@ def extract_regions(
     origin: (row, column) of the window in the whole image, pixels.
     mean, std: C numbers each, in units of `pixel * scale`; default 0 and 1.
     scale: default 1 / 255 for uint8, 1 / 65535 for uint16, 1 for floats.
-    dtype: of the result, fp16, bf16, fp32 or fp64. The arithmetic is `pixel * gain + bias` in fp32
-        (fp64 for an fp64 image) with gain = scale / std and bias = -mean / std.
+    dtype: of the result, fp16, bf16, fp32 or fp64; default fp32. The arithmetic is
+        `pixel * gain + bias` in fp32 (fp64 for an fp64 image) with gain = scale / std and
+        bias = -mean / std.
     memory_format: `torch.channels_last` stores each region as `[s, s, C]`; the shape is the same.
+    out: buffer to fill, of the result's shape, any floating dtype and strides.
 
-    Returns a new `[R, C, s, s]` or `[B, R, C, s, s]` on the device of image. Float images get the
-    exact gradient, zero for pixels that no region holds; there is no second derivative.
-    Raises ValueError if a region has pixels outside the window, or arguments disagree.
+    Returns `[R, C, s, s]` or `[B, R, C, s, s]` on the device of image: `out` if given, else new.
+    Float images get the exact gradient, zero for pixels that no region holds, unless `out` is
+    given; there is no second derivative.
+    Raises ValueError if a region has pixels outside the window, arguments disagree, or `out` is
+    given where a gradient is needed.
     """
     op = "extract_regions"
     _check_grid(op, grid)
@@ -54,7 +59,8 @@ def extract_regions(
     checks.check_dim(op, "image", image, {3: f"[{layout}]", 4: f"[B, {layout}]"})
     checks.check_dtype(op, "image", image.dtype, _PIXELS)
     checks.check_supported_device(op, "image", image)
-    checks.check_dtype(op, "dtype", dtype)
+    if dtype is not None:
+        checks.check_dtype(op, "dtype", dtype)
     if memory_format not in (torch.contiguous_format, torch.channels_last):
         rule = "be torch.contiguous_format or torch.channels_last"
         checks.fail(op, "memory_format", rule, str(memory_format))
@@ -77,20 +83,24 @@ def extract_regions(
     if torch.is_grad_enabled() and image.requires_grad:
         _check_distinct(op, "regions", ids, " where image needs a gradient")
     gain, bias = normalisation(image.dtype, channels, mean, std, scale)
-    out: torch.Tensor = ops.extract_forward(
-        window,
-        gain,
-        bias,
-        ids,
-        grid.height,
-        grid.width,
-        grid.region,
-        int(origin[0]),
-        int(origin[1]),
-        dtype,
-        memory_format == torch.channels_last,
-    )
-    return out if batched else out[0]
+    geometry = (grid.height, grid.width, grid.region, int(origin[0]), int(origin[1]))
+    if out is None:
+        new: torch.Tensor = ops.extract_forward(
+            window,
+            gain,
+            bias,
+            ids,
+            *geometry,
+            dtype or torch.float32,
+            memory_format == torch.channels_last,
+        )
+        return new if batched else new[0]
+    count = grid.num_regions if ids is None else len(ids)
+    sizes = [count, channels, grid.region, grid.region]
+    sizes = [window.shape[0], *sizes] if batched else sizes
+    _check_out(op, out, "[B, R, C, s, s]" if batched else "[R, C, s, s]", sizes, dtype, image)
+    ops.extract_into(window, out if batched else out[None], gain, bias, ids, *geometry)
+    return out
 
 
 def stitch_regions(
@@ -174,18 +184,31 @@ def stitch_regions(
         return new if batched else new[0]
 
     sizes = [batch, length, channels] if batched else [length, channels]
-    checks.check_shape(op, "out", out, "[B, L, C]" if batched else "[L, C]", sizes)
+    _check_out(op, out, "[B, L, C]" if batched else "[L, C]", sizes, dtype, features, "features")
+    ops.stitch_into(maps, out if batched else out[None], ids, members, *geometry)
+    return out
+
+
+def _check_out(
+    op: str,
+    out: torch.Tensor,
+    layout: str,
+    sizes: list[int],
+    dtype: torch.dtype | None,
+    source: torch.Tensor,
+    source_name: str = "image",
+) -> None:
+    """`out` can take the result of `source`."""
+    checks.check_shape(op, "out", out, layout, sizes)
     checks.check_dtype(op, "out", out.dtype)
     if dtype is not None and out.dtype != dtype:
         rule = f"be of dtype = {checks.dtype_name(dtype)}"
         checks.fail(op, "out", rule, checks.dtype_name(out.dtype))
-    checks.check_device(op, "out", out, "features", features)
+    checks.check_device(op, "out", out, source_name, source)
     if any(n > 1 and step == 0 for n, step in zip(out.shape, out.stride(), strict=True)):
         checks.fail(op, "out", "have memory of its own for each element", f"strides {out.stride()}")
-    if torch.is_grad_enabled() and (features.requires_grad or out.requires_grad):
+    if torch.is_grad_enabled() and (source.requires_grad or out.requires_grad):
         checks.fail(op, "out", "be None where a gradient is needed", "a buffer")
-    ops.stitch_into(maps, out if batched else out[None], ids, members, *geometry)
-    return out
 
 
 def _check_grid(op: str, grid: RegionGrid) -> None:

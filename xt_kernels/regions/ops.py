@@ -120,21 +120,9 @@ def extract_forward(
     channels_last: bool,
 ) -> torch.Tensor:
     """`[B, R, C, s, s]` of the window at (top, left) of a height x width image."""
-    from . import kernels
-
-    grid = RegionGrid(height, width, side)
-    boxes = _boxes(grid, _ids(regions), top, left)
-    inner = _inner(image.dtype)
-    out = _new_regions(image, boxes.shape[0], side, dtype, channels_last)
-    with torch.cuda.device(image.device):
-        kernels.launch_extract_forward(
-            image,
-            _on(image, boxes),
-            _on(image, _constants(tuple(gain), inner)),
-            _on(image, _constants(tuple(bias), inner)),
-            out,
-            _aligned(grid, left),
-        )
+    count = RegionGrid(height, width, side).num_regions if regions is None else len(regions)
+    out = _new_regions(image, count, side, dtype, channels_last)
+    _extract_cuda(image, out, gain, bias, regions, RegionGrid(height, width, side), top, left)
     return out
 
 
@@ -152,11 +140,9 @@ def _(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> torch.Tensor:
-    boxes = _boxes(RegionGrid(height, width, side), _ids(regions), top, left)
-    inner = _inner(image.dtype)
-    out = _new_regions(image, boxes.shape[0], side, dtype, channels_last)
-    gains, biases = (torch.tensor(v, dtype=inner, device="cpu") for v in (gain, bias))
-    eager.extract_forward(image, boxes, gains, biases, out)
+    count = RegionGrid(height, width, side).num_regions if regions is None else len(regions)
+    out = _new_regions(image, count, side, dtype, channels_last)
+    _extract_cpu(image, out, gain, bias, regions, RegionGrid(height, width, side), top, left)
     return out
 
 
@@ -177,6 +163,94 @@ def _(
     grid = RegionGrid(height, width, side)
     count = grid.num_regions if regions is None else len(regions)
     return _new_regions(image, count, side, dtype, channels_last)
+
+
+@torch.library.custom_op("xt::extract_regions_into", mutates_args=("out",), device_types="cuda")
+def extract_into(
+    image: torch.Tensor,
+    out: torch.Tensor,
+    gain: Sequence[float],
+    bias: Sequence[float],
+    regions: Sequence[int] | None,
+    height: int,
+    width: int,
+    side: int,
+    top: int,
+    left: int,
+) -> None:
+    """Fills `out` `[B, R, C, s, s]`."""
+    _extract_cuda(image, out, gain, bias, regions, RegionGrid(height, width, side), top, left)
+
+
+@extract_into.register_kernel("cpu")
+def _(
+    image: torch.Tensor,
+    out: torch.Tensor,
+    gain: Sequence[float],
+    bias: Sequence[float],
+    regions: Sequence[int] | None,
+    height: int,
+    width: int,
+    side: int,
+    top: int,
+    left: int,
+) -> None:
+    _extract_cpu(image, out, gain, bias, regions, RegionGrid(height, width, side), top, left)
+
+
+@extract_into.register_fake
+def _(
+    image: torch.Tensor,
+    out: torch.Tensor,
+    gain: Sequence[float],
+    bias: Sequence[float],
+    regions: Sequence[int] | None,
+    height: int,
+    width: int,
+    side: int,
+    top: int,
+    left: int,
+) -> None:
+    return None
+
+
+def _extract_cuda(
+    image: torch.Tensor,
+    out: torch.Tensor,
+    gain: Sequence[float],
+    bias: Sequence[float],
+    regions: Sequence[int] | None,
+    grid: RegionGrid,
+    top: int,
+    left: int,
+) -> None:
+    from . import kernels
+
+    inner = _inner(image.dtype)
+    with torch.cuda.device(image.device):
+        kernels.launch_extract_forward(
+            image,
+            _on(image, _boxes(grid, _ids(regions), top, left)),
+            _on(image, _constants(tuple(gain), inner)),
+            _on(image, _constants(tuple(bias), inner)),
+            out,
+            _aligned(grid, left),
+        )
+
+
+def _extract_cpu(
+    image: torch.Tensor,
+    out: torch.Tensor,
+    gain: Sequence[float],
+    bias: Sequence[float],
+    regions: Sequence[int] | None,
+    grid: RegionGrid,
+    top: int,
+    left: int,
+) -> None:
+    boxes = _boxes(grid, _ids(regions), top, left)
+    gains, biases = (_constants(tuple(v), _inner(image.dtype)) for v in (gain, bias))
+    eager.extract_forward(image, boxes, gains, biases, out)
 
 
 @torch.library.custom_op("xt::extract_regions_bwd", mutates_args=(), device_types="cuda")
