@@ -29,21 +29,18 @@ def reset_peak_rss() -> None:
 
 
 def keep_memory_flat() -> None:
-    """Keeps freed memory from scattering. For programs, before torch loads.
+    """Gives large freed blocks back to the system at once. For programs, before torch loads.
 
-    glibc otherwise keeps freed blocks of up to 32 MiB in heaps, one a thread, whose holes grow with
-    the length of a run. Streaming JPEG with convnext_atto on two cores (AMD EPYC, Zen 5), MiB above
-    the model at 4,096 x 4,096 and 16,384 x 16,384 px: 347 and 428 as it comes; 219 and 234 with
-    blocks of 1 MiB and more mapped apart; 217 and 220 with one heap for all threads as well. Blocks
-    of 128 KiB mapped apart gave 214 and 216, and cost a fifth of the time with tiles that small.
-    Mapping large blocks costs a quarter of the time; huge pages for them win it back.
+    glibc otherwise keeps freed blocks of up to 32 MiB in its heaps, whose holes grow with the
+    length of a run. Streaming JPEG with convnext_atto on two cores (AMD EPYC, Zen 5), above the
+    model, 4,096 x 4,096 px and 16,384 x 16,384 px: 347 and 428 MiB as it comes; 219 and 234 with
+    blocks of 1 MiB and more mapped apart; 214 and 216 from 128 KiB on, at the same speed. Mapping
+    alone costs a quarter of the time; huge pages for the mapped blocks win it back.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first allocation
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         mallopt(-3, 128 << 10)  # M_MMAP_THRESHOLD in malloc.h
-    if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:
-        mallopt(-8, 1)  # M_ARENA_MAX
 
 
 def available_memory() -> int:
