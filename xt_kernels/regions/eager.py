@@ -98,22 +98,28 @@ def _split(regions: torch.Tensor, first: int, rows: int, cols: int) -> torch.Ten
     return block.view(block.shape[0], rows, cols, *block.shape[2:])
 
 
+@lru_cache(maxsize=64)
+def _scalars(values: tuple[float, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.tensor(value, dtype=dtype, device="cpu") for value in values)
+
+
 def extract_forward(
     image: torch.Tensor,
     boxes: torch.Tensor,
-    gain: torch.Tensor,
-    bias: torch.Tensor,
+    gain: tuple[float, ...],
+    bias: tuple[float, ...],
     out: torch.Tensor,
 ) -> None:
     """Fills `out` `[B, R, C, s, s]` from `image` `[B, C, h, w]`.
 
     boxes: int64 `[R, 4]`: top, left in the window, height, width in pixels inside the image.
-    gain, bias: `[C]`, in the dtype of the arithmetic.
+    gain, bias: C numbers. The arithmetic is fp32, or fp64 for an fp64 image.
     """
     batch, _, channels, side, _ = out.shape
-    gains, biases = gain.tolist(), list(bias)
-    plain = bool((gain == 1).all()) and not bias.any()
-    limit = _limit(batch * channels * side * side, out.dtype == gain.dtype)
+    inner = torch.promote_types(image.dtype, torch.float32)
+    biases = _scalars(bias, inner)
+    plain = set(gain) <= {1.0} and not any(bias)
+    limit = _limit(batch * channels * side * side, out.dtype == inner)
     places, blocks = _blocks(boxes, (1,), (0,), limit)
     for first, rows, cols in blocks:
         height, width = places[first][2:]
@@ -127,15 +133,15 @@ def extract_forward(
         if plain:
             target.copy_(window)
             continue
-        work = target if out.dtype == gain.dtype else torch.empty_like(target, dtype=gain.dtype)
-        if window.dtype != gain.dtype:
+        work = target if out.dtype == inner else torch.empty_like(target, dtype=inner)
+        if window.dtype != inner:
             if window.element_size() == 1 and window.stride(5) != 1 and work.stride(5) == 1:
                 # Bytes are cheaper to bring into order than what they become.
                 window = window.contiguous()
             window = work.copy_(window)
         for c in range(channels):
             # bias + gain * pixel in one pass; a product and a sum would be two.
-            torch.add(biases[c], window[:, :, :, c], alpha=gains[c], out=work[:, :, :, c])
+            torch.add(biases[c], window[:, :, :, c], alpha=gain[c], out=work[:, :, :, c])
         if work is not target:
             target.copy_(work)
 
@@ -161,6 +167,28 @@ def _code(first: int, count: int, channels: int, dtype: torch.dtype) -> torch.Te
     index = torch.arange(first, first + count, dtype=torch.float64, device="cpu")
     angle = index[:, None] * frequencies(channels, torch.device("cpu"))
     return torch.cat([angle.sin(), angle.cos()], dim=1).to(torch.float32).to(dtype)
+
+
+# Few: an image's chunks have a table each, and theirs are not asked for twice.
+@lru_cache(maxsize=8)
+def _codes(
+    table: torch.Tensor, limit: int, side: int, channels: int, dtype: torch.dtype
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Position codes of the blocks of `table`: `[cols, 1, width, C / 2]` for the columns of tokens,
+    `[rows, 1, height, 1, C / 2]` for their rows.
+    """
+    (top, left), (bottom, right) = table[:, 4:].amin(0).tolist(), table[:, 4:].amax(0).tolist()
+    row_code = _code(top, bottom - top + side, channels, dtype)
+    col_code = _code(left, right - left + side, channels, dtype)
+    entries, blocks = _blocks(table, (0, 5), (0, 4), limit)
+    codes = []
+    for first, rows, cols in blocks:
+        height, width = entries[first][2:4]
+        downs = [entries[first + k * cols][4] - top for k in range(rows)]
+        y = [row_code[down : down + height] for down in downs]
+        x = [col_code[each[5] - left :][:width] for each in entries[first : first + cols]]
+        codes.append((torch.stack(x)[:, None], torch.stack(y)[:, None, :, None]))
+    return codes
 
 
 def _places(tokens: torch.Tensor, table: _Table, first: int, rows: int, cols: int) -> torch.Tensor:
@@ -194,28 +222,24 @@ def stitch_forward(
         return
     inner = torch.promote_types(features.dtype, torch.float32)
     half = channels // 2
-    if position:
-        (top, left), (bottom, right) = table[:, 4:].amin(0).tolist(), table[:, 4:].amax(0).tolist()
-        row_code = _code(top, bottom - top + side, channels, inner)
-        col_code = _code(left, right - left + side, channels, inner)
     direct = features.dtype == out.dtype == inner
     limit = _limit(batch * side * side * channels, direct)
     entries, blocks = _blocks(table, (0, 5), (0, 4), limit)
-    for first, rows, cols in blocks:
+    codes = _codes(table, limit, side, channels, inner) if position else None
+    for number, (first, rows, cols) in enumerate(blocks):
         height, width = entries[first][2:4]
         place = _places(out, entries, first, rows, cols)
-        tokens = _split(features, first, rows, cols)[:, :, :, :height, :width]
-        if not position:
+        tokens = _split(features, first, rows, cols)
+        if height < side or width < side:
+            tokens = tokens[:, :, :, :height, :width]
+        if codes is None:
             place.copy_(tokens)
             continue
-        downs = [entries[first + k * cols][4] - top for k in range(rows)]
-        y = [row_code[down : down + height] for down in downs]
-        x = [col_code[each[5] - left :][:width] for each in entries[first : first + cols]]
         work = place
         if not direct:
             work = torch.empty(place.shape, dtype=inner, device="cpu")
             tokens = work.copy_(tokens)
-        across, down = torch.stack(x)[:, None], torch.stack(y)[:, None, :, None]
+        across, down = codes[number]
         torch.add(tokens[..., :half], across, out=work[..., :half])
         torch.add(tokens[..., half:], down, out=work[..., half:])
         if work is not place:

@@ -249,8 +249,7 @@ def _extract_cpu(
     left: int,
 ) -> None:
     boxes = _boxes(grid, _ids(regions), top, left)
-    gains, biases = (_constants(tuple(v), _inner(image.dtype)) for v in (gain, bias))
-    eager.extract_forward(image, boxes, gains, biases, out)
+    eager.extract_forward(image, boxes, tuple(gain), tuple(bias), out)
 
 
 @torch.library.custom_op("xt::extract_regions_bwd", mutates_args=(), device_types="cuda")
