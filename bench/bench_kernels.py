@@ -190,3 +190,60 @@ def test_stitch_backward(benchmark):
 
     agree(ours(), eager())
     compare(benchmark, ours, eager, 2 * maps.numel() * maps.element_size())
+
+
+LENGTH, MEMORY = (16_384, 16_384) if HAS_GPU else (1024, 1024)
+
+
+def attention_inputs(head_dim, memory_gradient):
+    """(query, key, value, memory_key, memory_value) of 768 channels."""
+    sizes = [LENGTH, LENGTH, LENGTH, MEMORY, MEMORY]
+    wanted = [True, True, True, memory_gradient, memory_gradient]
+    return [
+        torch.randn(1, 768 // head_dim, size, head_dim, device=DEVICE, dtype=DTYPE).requires_grad_(
+            w
+        )
+        for size, w in zip(sizes, wanted, strict=True)
+    ]
+
+
+def attend_eagerly(query, key, value, memory_key, memory_value):
+    """PyTorch's attention after the concatenation."""
+    keys, values = torch.cat([memory_key, key], 2), torch.cat([memory_value, value], 2)
+    return torch.nn.functional.scaled_dot_product_attention(query, keys, values)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_xl_attention(benchmark, head_dim):
+    tensors = [t.detach() for t in attention_inputs(head_dim, False)]
+
+    def ours():
+        return xk.xl_attention(*tensors)
+
+    def eager():
+        return attend_eagerly(*tensors)
+
+    agree(ours(), eager())
+    compare(benchmark, ours, eager)
+
+
+@pytest.mark.parametrize("memory", ["detached", "with gradient"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_xl_attention_backward(benchmark, head_dim, memory):
+    tensors = attention_inputs(head_dim, memory != "detached")
+    wanted = [t for t in tensors if t.requires_grad]
+    outs = {f: f(*tensors) for f in (xk.xl_attention, attend_eagerly)}
+    grad = torch.randn_like(tensors[0])
+
+    def backward(form):
+        return torch.autograd.grad(outs[form], wanted, grad, retain_graph=True)
+
+    def ours():
+        return backward(xk.xl_attention)
+
+    def eager():
+        return backward(attend_eagerly)
+
+    for a, b in zip(ours(), eager(), strict=True):
+        agree(a, b)
+    compare(benchmark, ours, eager)

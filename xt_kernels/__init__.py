@@ -1,7 +1,8 @@
 """Kernels for vision models on very large images. Tensor in, tensor out; CPU and CUDA."""
 
 from .regions import RegionGrid, extract_regions, sincos_position, stitch_regions
+from .xl_attention import xl_attention
 
 __version__ = "0.1.0"
 
-__all__ = ["RegionGrid", "extract_regions", "sincos_position", "stitch_regions"]
+__all__ = ["RegionGrid", "extract_regions", "sincos_position", "stitch_regions", "xl_attention"]

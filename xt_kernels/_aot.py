@@ -63,6 +63,7 @@ class AotCase:
       pipelined: the aligned variant must load through `cp.async`.
       aligned_args: scalar integers (sizes, say) that are divisible by 16 in the aligned variant.
         Pointers, tuples and names with "stride" are so without being listed.
+      variants, archs: fewer where the launcher takes another config for the rest.
     """
 
     name: str
@@ -74,6 +75,8 @@ class AotCase:
     has_dots: bool = False
     pipelined: bool = False
     aligned_args: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ("aligned", "unaligned")
+    archs: tuple[int, ...] = ARCHS
 
 
 @dataclass(frozen=True)
@@ -218,11 +221,11 @@ def _child(out: str, part: int, jobs: int, archs: Sequence[int], modules: Sequen
         module = importlib.import_module(name)
         cases = list(module.aot_cases()) if hasattr(module, "aot_cases") else []
         for case in cases:
-            for aligned in (True, False):
-                for arch in archs:
+            for variant in case.variants:
+                for arch in (a for a in archs if a in case.archs):
                     number += 1
                     if number % jobs == part:
-                        rows.append(_measured(name, case, arch, aligned))
+                        rows.append(_measured(name, case, arch, variant == "aligned"))
         covered = {_bare(case.kernel).fn.__name__ for case in cases}
         if part == 0:
             missing = _kernels_of(module) - covered

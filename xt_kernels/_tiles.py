@@ -9,7 +9,7 @@ import triton.language as tl
 def offset(index, stride):
     """`index * stride` in elements, 64-bit; `index` is a 32- or 64-bit scalar or tensor."""
     # Widened before the product: 32-bit operands still make one wide multiply.
-    return index.to(tl.int64) * stride
+    return tl.cast(index, tl.int64) * stride
 
 
 @triton.jit
