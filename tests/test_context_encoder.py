@@ -9,7 +9,7 @@ from xt_models.context_encoder import ContextEncoder, XLContextEncoder
 def make(depth=2, memory_chunks=1, causal=False, dtype=torch.float64):
     torch.manual_seed(0)
     cls = XLContextEncoder if memory_chunks else ContextEncoder
-    encoder = cls(16, depth, 2, 2.0, causal=causal, memory_chunks=memory_chunks)
+    encoder = cls(32, depth, 2, 2.0, causal=causal, memory_chunks=memory_chunks)
     return encoder.to(dtype).eval()
 
 
@@ -56,7 +56,7 @@ def unrolled(encoder, chunks):
 @pytest.mark.parametrize("depth, memory_chunks", [(1, 1), (2, 1), (3, 2), (2, 0)])
 def test_equals_the_equation_in_output_and_gradient(depth, memory_chunks, causal):
     encoder = make(depth, memory_chunks, causal)
-    chunks = [torch.randn(2, n, 16, dtype=torch.float64) for n in (5, 7, 3, 1)]
+    chunks = [torch.randn(2, n, 32, dtype=torch.float64) for n in (5, 7, 3, 1)]
     ours, _ = run(encoder, chunks)
     ours_grad = torch.autograd.grad(ours[-1].square().sum(), encoder.parameters())
     truth = unrolled(encoder, chunks)
@@ -71,7 +71,7 @@ def test_context_reaches_exactly_depth_times_memory_chunks_back(depth, memory_ch
     encoder = make(depth, memory_chunks)
     reach = depth * memory_chunks
     assert encoder.reach == reach
-    chunks = [torch.randn(1, 3, 16, dtype=torch.float64) for _ in range(reach + 3)]
+    chunks = [torch.randn(1, 3, 32, dtype=torch.float64) for _ in range(reach + 3)]
     with torch.no_grad():
         last = run(encoder, chunks)[0][-1]
         for back in range(1, reach + 3):
@@ -83,7 +83,7 @@ def test_context_reaches_exactly_depth_times_memory_chunks_back(depth, memory_ch
 
 def test_memory_is_a_value(tmp_path):
     encoder = make()
-    chunks = [torch.randn(2, 4, 16, dtype=torch.float64) for _ in range(3)]
+    chunks = [torch.randn(2, 4, 32, dtype=torch.float64) for _ in range(3)]
     _, memory = encoder(chunks[0])
     before = [m.clone() for m in memory]
     expected, _ = encoder(chunks[1], memory)
@@ -98,8 +98,8 @@ def test_memory_is_a_value(tmp_path):
 
 def test_weights_learn_through_memory_but_hidden_states_do_not():
     encoder = make(depth=1)
-    x = torch.randn(1, 4, 16, dtype=torch.float64, requires_grad=True)
-    y = torch.randn(1, 4, 16, dtype=torch.float64)
+    x = torch.randn(1, 4, 32, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(1, 4, 32, dtype=torch.float64)
     _, memory = encoder(x)
     out, _ = encoder(y, memory)
     out.sum().backward()
@@ -112,7 +112,7 @@ def test_weights_learn_through_memory_but_hidden_states_do_not():
 
 def test_batch_companions_change_nothing():
     encoder = make()
-    chunks = [torch.randn(3, 5, 16, dtype=torch.float64) for _ in range(2)]
+    chunks = [torch.randn(3, 5, 32, dtype=torch.float64) for _ in range(2)]
     together = run(encoder, chunks)[0][-1]
     alone = run(encoder, [c[1:2] for c in chunks])[0][-1]
     torch.testing.assert_close(together[1:2], alone, rtol=1e-12, atol=1e-12)
@@ -122,25 +122,28 @@ def test_batch_companions_change_nothing():
     "kwargs, message",
     [
         ({"depth": 0}, "depth must be at least 1, got 0"),
-        ({"num_heads": 3}, "num_heads must divide dim 16, got 3"),
+        (
+            {"num_heads": 3},
+            "num_heads must divide dim 32 into heads of 16 to 256, a multiple of 8, got 3",
+        ),
         ({"memory_chunks": -1}, "memory_chunks must be at least 0, got -1"),
     ],
 )
 def test_refuses_bad_settings(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        ContextEncoder(**{"dim": 16, "num_heads": 2} | kwargs)
+        ContextEncoder(**{"dim": 32, "num_heads": 2} | kwargs)
     if "memory_chunks" in kwargs:
         with pytest.raises(ValueError, match="memory_chunks must be at least 1"):
-            XLContextEncoder(16, memory_chunks=0)
+            XLContextEncoder(32, memory_chunks=0)
 
 
 def test_refuses_foreign_memory():
     encoder = make()
-    x = torch.randn(2, 4, 16, dtype=torch.float64)
+    x = torch.randn(2, 4, 32, dtype=torch.float64)
     _, memory = encoder(x)
-    with pytest.raises(ValueError, match=r"chunks \[depth, B, M, C\] = \[2, 1, \*, 16\]"):
+    with pytest.raises(ValueError, match=r"chunks \[depth, B, M, C\] = \[2, 1, \*, 32\]"):
         encoder(x[:1], memory)
-    with pytest.raises(ValueError, match=r"\[2, 2, \*, 16\], got \[3, 2, 4, 16\]"):
+    with pytest.raises(ValueError, match=r"\[2, 2, \*, 32\], got \[3, 2, 4, 32\]"):
         encoder(x, make(depth=3)(x)[1])
     with pytest.raises(ValueError, match=r"dtype and device of tokens, torch.float64"):
         encoder(x, tuple(m.float() for m in memory))

@@ -5,20 +5,24 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.bias import causal_lower_right
+
+from xt_kernels import xl_attention
 
 
 class Attention(nn.Module):
-    """Multi-head softmax attention, exact, over [memory, tokens].
+    """Multi-head softmax attention, exact, over [memory, tokens], by `xt_kernels.xl_attention`.
 
-    dim: width of the tokens; num_heads must divide it.
+    dim: width of the tokens; num_heads must divide it into heads of 16 to 256, a multiple of 8.
     causal: a token sees the tokens before it in its chunk; memory is always fully visible.
     """
 
     def __init__(self, dim: int, num_heads: int, *, causal: bool = False) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"Attention: num_heads must divide dim {dim}, got {num_heads}.")
+        if dim % num_heads or (dim // num_heads) % 8 or not 16 <= dim // num_heads <= 256:
+            raise ValueError(
+                f"Attention: num_heads must divide dim {dim} into heads of 16 to 256, a multiple "
+                f"of 8, got {num_heads}."
+            )
         self.num_heads, self.causal = num_heads, causal
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -30,17 +34,12 @@ class Attention(nn.Module):
         """
         dim = tokens.shape[-1]
         query, key, value = self._heads(self.qkv(tokens), 3)  # [B, heads, L, D] each
-        bias = None
-        if memory is not None and memory.shape[1]:
+        memory_key = memory_value = None
+        if memory is not None:
             projected = F.linear(memory, self.qkv.weight[dim:], self.qkv.bias[dim:])
             memory_key, memory_value = self._heads(projected, 2)
-            key = torch.cat([memory_key, key], dim=2)
-            value = torch.cat([memory_value, value], dim=2)
-            # Aligned to the end of the keys, so that memory is visible to every token.
-            bias = causal_lower_right(query.shape[2], key.shape[2]) if self.causal else None
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=bias, is_causal=self.causal and bias is None
-        )
+        out = xl_attention(query, key, value, memory_key, memory_value, is_causal=self.causal)
+        assert isinstance(out, torch.Tensor)
         projected_out: torch.Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return projected_out
 
