@@ -1,4 +1,4 @@
-"""Token mixers of the context encoders, all behind one call: `mixer(tokens, memory) -> tokens`."""
+"""Token mixers of the context encoders."""
 
 from __future__ import annotations
 
@@ -27,24 +27,36 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, tokens: torch.Tensor, memory: torch.Tensor | None = None) -> torch.Tensor:
-        """tokens: `[B, L, C]`; memory: `[B, M, C]`, hidden states normed as the tokens are.
+    @property
+    def head_dim(self) -> int:
+        return self.proj.in_features // self.num_heads
 
-        Memory is projected with today's weights: gradients reach the weights through it.
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        memory_key: torch.Tensor | None = None,
+        memory_value: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(mixed `[B, L, C]`, key, value `[B, heads, L, D]` of tokens `[B, L, C]`).
+
+        memory_key, memory_value: `[B, heads, M, D]`, from `keys_and_values` or an earlier call.
         """
-        dim = tokens.shape[-1]
-        query, key, value = self._heads(self.qkv(tokens), 3)  # [B, heads, L, D] each
-        memory_key = memory_value = None
-        if memory is not None:
-            projected = F.linear(memory, self.qkv.weight[dim:], self.qkv.bias[dim:])
-            memory_key, memory_value = self._heads(projected, 2)
+        query, key, value = self._heads(self.qkv(tokens), 3)
         out = xl_attention(query, key, value, memory_key, memory_value, is_causal=self.causal)
         assert isinstance(out, torch.Tensor)
-        projected_out: torch.Tensor = self.proj(out.transpose(1, 2).flatten(2))
-        return projected_out
+        return self.proj(out.transpose(1, 2).flatten(2)), key, value
+
+    def keys_and_values(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key and value `[B, heads, M, D]` of tokens `[B, M, C]`, which ask nothing themselves.
+
+        Gradients reach the weights, whether or not they reach the tokens.
+        """
+        dim = tokens.shape[-1]
+        projected = F.linear(tokens, self.qkv.weight[dim:], self.qkv.bias[dim:])
+        key, value = self._heads(projected, 2)
+        return key, value
 
     def _heads(self, packed: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
-        batch, length, width = packed.shape
-        head_dim = width // parts // self.num_heads
-        split = packed.view(batch, length, parts, self.num_heads, head_dim)
+        batch, length, _ = packed.shape
+        split = packed.view(batch, length, parts, self.num_heads, self.head_dim)
         return split.permute(2, 0, 3, 1, 4).unbind(0)

@@ -28,7 +28,8 @@ class XTConfig:
     encoder: timm model name. region: side of the regions, pixels. in_chans: bands of the image.
     num_classes: 0 for no head.
     context: "xl" (memory carried from chunk to chunk), "hyper", "vit", or None (no context).
-    dim, depth, num_heads, mlp_ratio, causal: of the context encoder.
+    dim, depth, num_heads, mlp_ratio, causal, memory, gradient, gradient_chunks: of the context
+        encoder, as in `XLContextEncoder`.
     pool: "mean" of all tokens, or "token", a class token appended last (whole-image chunk only).
     chunk_regions: regions a chunk; None is the whole image in one chunk: memory grows with it.
     memory_chunks: earlier chunks that each XL layer remembers.
@@ -48,6 +49,9 @@ class XTConfig:
     num_heads: int = 6
     mlp_ratio: float = 4.0
     causal: bool = False
+    memory: str = "hidden"
+    gradient: str = "stop"
+    gradient_chunks: int = 4
     pool: str = "mean"
     chunk_regions: int | None = 16
     memory_chunks: int = 1
@@ -138,8 +142,12 @@ class XT(nn.Module, PyTorchModelHubMixin):
                 config.depth,
                 config.num_heads,
                 config.mlp_ratio,
-                causal=config.causal,
+                attention="hyper" if config.context == "hyper" else "exact",
+                memory=config.memory,
                 memory_chunks=config.memory_chunks if config.context == "xl" else 0,
+                gradient=config.gradient,
+                gradient_chunks=config.gradient_chunks,
+                causal=config.causal,
             )
             if config.residual:
                 self.output_proj = nn.Linear(config.dim, features)
@@ -280,7 +288,9 @@ class XT(nn.Module, PyTorchModelHubMixin):
             chunk_raw = None
             if raw is not None:
                 chunk_raw = self.stitch(raw[:, chunk], grid, chunk, chunk, position=False)
-            tokens, part, memory = self.mix(tokens, chunk_raw, memory)
+            # A first pass fills the memory, and nothing learns from it.
+            with torch.set_grad_enabled(torch.is_grad_enabled() and step.emit):
+                tokens, part, memory = self.mix(tokens, chunk_raw, memory)
             if step.emit:
                 kept.append(tokens)
                 places.append(map_index(grid.placement(chunk, self.stride), grid, self.stride))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .context_encoder import Memory
 from .host import available_memory, current_rss, free_disk, peak_rss, reset_peak_rss
 from .model import XT
 from .source import ImageSource
@@ -132,10 +133,10 @@ def _mix_cost(
     if model.output_proj is not None:
         raw = chunk.new_zeros(1, tokens, model.num_features)
     memory = None
-    depth = len(model.context.layers)
-    if model.context.memory_chunks:
-        past = chunk.new_zeros(depth, 1, tokens, model.config.dim)
-        memory = (past,) * model.context.memory_chunks
+    kept = model.context.memory_chunks
+    if kept:
+        states = chunk.new_zeros(model.context.state_shape(1, kept * tokens))
+        memory = Memory(states, (tokens,) * kept, kept)
     return _measure(lambda: model.mix(chunk, raw, memory), device)
 
 
