@@ -102,6 +102,8 @@ def test_python_blocks(folder, tmp_path, monkeypatch):
         "mean": (0.5,) * 3,
         "std": (0.25,) * 3,
         "features": torch.randn(20 * 28, 96, 8, 8),
+        **{n: torch.randn(1, 2, 5, 32) for n in ("query", "key", "value")},
+        **{n: torch.randn(1, 2, 7, 32) for n in ("memory_key", "memory_value")},
     }
     for block in code:
         if "RegionGrid" in block:
@@ -109,4 +111,5 @@ def test_python_blocks(folder, tmp_path, monkeypatch):
         exec(block, values)
     assert values["result"].out == Path("out") and values["result"].embedding.shape == (768,)
     assert values["tokens"].shape == (157 * 219, 96)
+    assert values["out"].shape == (1, 2, 5, 32)
     assert values["regions"].shape == (20 * 28, 3, 256, 256)

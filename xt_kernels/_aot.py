@@ -64,6 +64,7 @@ class AotCase:
       aligned_args: scalar integers (sizes, say) that are divisible by 16 in the aligned variant.
         Pointers, tuples and names with "stride" are so without being listed.
       variants, archs: fewer where the launcher takes another config for the rest.
+      maxnreg: registers that the launcher allows a thread, None for what the compiler likes best.
     """
 
     name: str
@@ -77,6 +78,7 @@ class AotCase:
     aligned_args: tuple[str, ...] = ()
     variants: tuple[str, ...] = ("aligned", "unaligned")
     archs: tuple[int, ...] = ARCHS
+    maxnreg: int | None = None
 
 
 @dataclass(frozen=True)
@@ -275,14 +277,19 @@ def _measured(module: str, case: AotCase, arch: int, aligned: bool) -> dict[str,
     kernel = _bare(case.kernel)
     try:
         signature, constexprs, attrs = _specialised(kernel, case, aligned)
-        parts = (kernel.cache_key, signature, constexprs, attrs, arch, case.num_warps)
-        known = _Known(*parts, case.num_stages, triton.__version__, Path(__file__).read_text())
+        options = {
+            "num_warps": case.num_warps,
+            "num_stages": case.num_stages,
+            "maxnreg": case.maxnreg,
+        }
+        parts = (kernel.cache_key, signature, constexprs, attrs, arch, options)
+        known = _Known(*parts, triton.__version__, Path(__file__).read_text())
         if known.resources is not None:
             return _row(key, arch, aligned, case, **known.resources)
         compiled = triton.compile(
             ASTSource(kernel, signature, constexprs, attrs),
             target=GPUTarget("cuda", arch, 32),
-            options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+            options=options,
         )
         resources = {"shared": compiled.metadata.shared, **_resources(compiled)}
         known.keep(resources)

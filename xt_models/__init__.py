@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .context_encoder import ContextEncoder, XLContextEncoder
+    from .context_encoder import ContextEncoder, Memory, XLContextEncoder
     from .model import XT, XTConfig, XTOutput
     from .planning import plan
     from .registry import create_model, list_models
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "ContextEncoder": "context_encoder",
+    "Memory": "context_encoder",
     "XLContextEncoder": "context_encoder",
     "XT": "model",
     "XTConfig": "model",
@@ -30,6 +31,7 @@ _HOME = {
 __all__ = [
     "XT",
     "ContextEncoder",
+    "Memory",
     "XLContextEncoder",
     "XTConfig",
     "XTOutput",

@@ -44,9 +44,9 @@ def xl_attention(
     `[B, heads, L]`, fp32 (fp64 for fp64), natural log. A query that sees no key gives out 0, lse
     -inf and no gradient. Under autocast tensors are cast to its dtype first. Softmax and sums are
     fp32 (fp64 for fp64); fp32 products on CUDA are IEEE under
-    `torch.set_float32_matmul_precision("highest")` and TF32 otherwise. All inputs get exact
-    gradients, also through lse; they are deterministic; there is no second derivative. Kept for
-    backward: the inputs, out and lse.
+    `torch.set_float32_matmul_precision("highest")` and beyond head dim 128, TF32 otherwise. All
+    inputs get exact gradients, also through lse; they are deterministic; there is no second
+    derivative. Kept for backward: the inputs, out and lse.
     Raises ValueError if arguments disagree.
     """
     checks.check_dim(_OP, "query", query, {4: _LAYOUT})

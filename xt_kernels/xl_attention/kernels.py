@@ -32,19 +32,27 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @dataclass(frozen=True)
 class Config:
-    """Launch sizes: BLOCK_M queries by BLOCK_N keys a tile."""
+    """Launch sizes: BLOCK_M queries by BLOCK_N keys a tile.
+
+    block_c: columns of the head dim that the query kernel takes at a time for products of rows.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    block_c: int = 256
 
+
+# All that a thread can have: without the number ptxas spills a few for more threads at a time.
+MAX_REGISTERS = 255
 
 # Chosen by reading the code that comes out (no spills, shared memory within sm_80's limit), not yet
 # by measurement: the first of each is shipped. Keyed by the head dim up to which they hold.
 # fast: 16-bit tensors whose rows are copied 16 bytes at a time; at least 16 rows a warp, or wgmma
 # would split tiles between warps along the head dim. ampere: the same on sm_80, whose operands take
-# registers. any: 16 bits, any strides. wide: fp32 (IEEE) and fp64. tf32: fp32 with TF32 products.
+# registers. any: 16 bits, any strides. wide: fp32 (IEEE) and fp64. tf32: fp32 with TF32 products,
+# up to head dim 128, beyond which they spill.
 FORWARD = {
     "fast": {
         64: (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
@@ -69,7 +77,6 @@ FORWARD = {
     "tf32": {
         64: (Config(32, 32, 8, 1),),
         128: (Config(16, 16, 8, 1),),
-        256: (Config(16, 32, 8, 1),),
     },
 }
 QUERY = {
@@ -91,12 +98,11 @@ QUERY = {
     "wide": {
         64: (Config(16, 32, 8, 1),),
         128: (Config(16, 16, 8, 1),),
-        256: (Config(16, 16, 8, 1),),
+        256: (Config(16, 16, 8, 1, 64),),
     },
     "tf32": {
         64: (Config(16, 32, 8, 1),),
         128: (Config(16, 16, 8, 1),),
-        256: (Config(32, 16, 8, 1),),
     },
 }
 KEY = {
@@ -124,7 +130,6 @@ KEY = {
     "tf32": {
         64: (Config(16, 32, 8, 1),),
         128: (Config(16, 16, 8, 1),),
-        256: (Config(16, 16, 8, 1),),
     },
 }
 
@@ -136,30 +141,52 @@ def _head(ptr, pid_b, pid_h, strides):
 
 
 @triton.jit
-def _rows(
-    ptr, first, strides, offs_m, offs_d, mask_m, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Tile [len(offs_m), BLOCK_D] of rows `first + offs_m`, 0 past mask_m and the head dim."""
-    ptrs = ptr + offset(first, strides[0]) + offset(offs_m, strides[0])[:, None]
+def _places(tile, offs_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Pointers `[rows, len(offs_d)]` of a tile and their mask.
+
+    A tile is (pointer to the head, first row, strides of rows and columns, rows from there on, mask
+    of rows); BLOCK_D is where its columns end.
+    """
+    ptr, first, strides, row, mask_row = tile
+    ptrs = ptr + offset(first, strides[0]) + offset(row, strides[0])[:, None]
     ptrs += offset(offs_d, strides[1])[None, :]
-    mask = mask_m[:, None]
+    mask = mask_row[:, None]
     if HEAD_DIM != BLOCK_D:
         mask = mask & (offs_d < HEAD_DIM)[None, :]
+    return ptrs, mask
+
+
+@triton.jit
+def _load(tile, offs_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of a tile, 0 past its mask and the head dim."""
+    ptrs, mask = _places(tile, offs_d, HEAD_DIM, BLOCK_D)
     return tl.load(ptrs, mask=mask, other=0.0)
 
 
 @triton.jit
-def _store_rows(
-    ptr, value, first, strides, offs_m, offs_d, mask_m,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+def _store(tile, value, offs_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Writes the rows of a tile where its mask holds."""
+    ptrs, mask = _places(tile, offs_d, HEAD_DIM, BLOCK_D)
+    tl.store(ptrs, value.to(ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _products(
+    a_tile, b_tile, M: tl.constexpr, N: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Writes a tile to rows `first + offs_m` where mask_m holds."""
-    ptrs = ptr + offset(first, strides[0]) + offset(offs_m, strides[0])[:, None]
-    ptrs += offset(offs_d, strides[1])[None, :]
-    mask = mask_m[:, None]
-    if HEAD_DIM != BLOCK_D:
-        mask = mask & (offs_d < HEAD_DIM)[None, :]
-    tl.store(ptrs, value.to(ptr.dtype.element_ty), mask=mask)
+    """a b^T `[M, N]` of two tiles, BLOCK_C columns at a time.
+
+    Without tensor cores a thread of a dot holds whole rows; wide ones do not fit in registers.
+    """
+    total = tl.zeros([M, N], ACC)
+    last: tl.constexpr = (HEAD_DIM + BLOCK_C - 1) // BLOCK_C * BLOCK_C
+    for column in tl.range(0, HEAD_DIM, BLOCK_C, disable_licm=True):
+        offs_c = column + tl.arange(0, BLOCK_C)
+        a = _load(a_tile, offs_c, HEAD_DIM, last)
+        b = _load(b_tile, offs_c, HEAD_DIM, last)
+        total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION, out_dtype=ACC)
+    return total
 
 
 @triton.jit
@@ -187,8 +214,8 @@ def _attend(
     offs_n = tl.arange(0, BLOCK_N)
     for first in tl.range(begin, end, BLOCK_N, disable_licm=True):
         mask_n = first + offs_n < length
-        k = _rows(k_ptr, first, k_strides, offs_n, offs_d, mask_n, HEAD_DIM, BLOCK_D)
-        v = _rows(v_ptr, first, v_strides, offs_n, offs_d, mask_n, HEAD_DIM, BLOCK_D)
+        k = _load((k_ptr, first, k_strides, offs_n, mask_n), offs_d, HEAD_DIM, BLOCK_D)
+        v = _load((v_ptr, first, v_strides, offs_n, mask_n), offs_d, HEAD_DIM, BLOCK_D)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale_log2
         if MASKED:
             seen = _visible(offs_m, first + offs_n, length, shift, IS_CAUSAL)
@@ -210,7 +237,7 @@ def _xl_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, mk_ptr, mv_ptr, out_ptr, lse_ptr,
     q_strides, k_strides, v_strides, mk_strides, mv_strides, out_strides, lse_strides,
     scale_parts, num_heads, group, len_q, len_k, len_m,
-    IS_CAUSAL: tl.constexpr, NEGATE: tl.constexpr, HAS_MEMORY: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_MEMORY: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -230,9 +257,7 @@ def _xl_attention_fwd_kernel(
     scale_log2 = _scale(scale_parts, ACC) * LOG2E
 
     q_base = _head(q_ptr, pid_b, pid_h, q_strides)
-    q = _rows(q_base, first, q_strides[2:], row, offs_d, mask_m, HEAD_DIM, BLOCK_D)
-    if NEGATE:
-        q = -q
+    q = _load((q_base, first, q_strides[2:], row, mask_m), offs_d, HEAD_DIM, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     row_max = tl.full([BLOCK_M], float("-inf"), ACC)
     row_sum = tl.zeros([BLOCK_M], ACC)
@@ -275,29 +300,37 @@ def _xl_attention_fwd_kernel(
     lse = (row_max + tl.log2(row_sum)) * LN2
     lse = tl.where(row_sum == 0.0, float("-inf"), lse)
     out_base = _head(out_ptr, pid_b, pid_h, out_strides)
-    _store_rows(out_base, acc, first, out_strides[2:], row, offs_d, mask_m, HEAD_DIM, BLOCK_D)
+    out_tile = (out_base, first, out_strides[2:], row, mask_m)
+    _store(out_tile, acc, offs_d, HEAD_DIM, BLOCK_D)
     lse_ptrs = _head(lse_ptr, pid_b, pid_h, lse_strides) + offset(offs_m, lse_strides[2])
     tl.store(lse_ptrs, lse, mask=mask_m)
 
 
 @triton.jit
 def _attend_bwd(
-    dq, q, do, lse_log2, delta, k_ptr, v_ptr, k_strides, v_strides, begin, end, length, scale_log2,
-    offs_m, offs_d, shift, MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    dq, q, do, q_tile, do_tile, lse_log2, delta, k_ptr, v_ptr, k_strides, v_strides, begin, end,
+    length, scale_log2, offs_m, offs_d, shift, MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Adds ds k over keys [begin, end) to dq."""
     offs_n = tl.arange(0, BLOCK_N)
     # Hoisted addresses would not fit in registers beside three tiles.
     for first in tl.range(begin, end, BLOCK_N, disable_licm=True):
         mask_n = first + offs_n < length
-        k = _rows(k_ptr, first, k_strides, offs_n, offs_d, mask_n, HEAD_DIM, BLOCK_D)
-        v = _rows(v_ptr, first, v_strides, offs_n, offs_d, mask_n, HEAD_DIM, BLOCK_D)
-        score = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale_log2
-        p = tl.exp2(score - lse_log2[:, None])
+        k_tile = (k_ptr, first, k_strides, offs_n, mask_n)
+        v_tile = (v_ptr, first, v_strides, offs_n, mask_n)
+        k = _load(k_tile, offs_d, HEAD_DIM, BLOCK_D)
+        if BLOCK_C == BLOCK_D:
+            v = _load(v_tile, offs_d, HEAD_DIM, BLOCK_D)
+            score = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
+        else:
+            score = _products(q_tile, k_tile, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_C, PRECISION, ACC)
+            dp = _products(do_tile, v_tile, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_C, PRECISION, ACC)
+        p = tl.exp2(score * scale_log2 - lse_log2[:, None])
         if MASKED:
             p = tl.where(_visible(offs_m, first + offs_n, length, shift, IS_CAUSAL), p, 0.0)
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
         ds = (p * (dp - delta[:, None])).to(k.dtype)
         dq = tl.dot(ds, k, dq, input_precision=PRECISION, out_dtype=ACC)
     return dq
@@ -308,9 +341,9 @@ def _xl_attention_bwd_query_kernel(
     q_ptr, k_ptr, v_ptr, mk_ptr, mv_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, dq_ptr, delta_ptr,
     q_strides, k_strides, v_strides, mk_strides, mv_strides, out_strides, do_strides, dq_strides,
     lse_strides, dlse_strides, scale_parts, num_heads, group, len_q, len_k, len_m,
-    IS_CAUSAL: tl.constexpr, NEGATE: tl.constexpr, HAS_MEMORY: tl.constexpr,
-    HAS_DLSE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_MEMORY: tl.constexpr,
+    HAS_DLSE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_M queries of one head, and D `[B, H, L]` for the kernel of dk and dv."""
     blocks = tl.cdiv(len_q, BLOCK_M)
@@ -330,8 +363,10 @@ def _xl_attention_bwd_query_kernel(
     q_base = _head(q_ptr, pid_b, pid_h, q_strides)
     out_base = _head(out_ptr, pid_b, pid_h, out_strides)
     do_base = _head(do_ptr, pid_b, pid_h, do_strides)
-    do = _rows(do_base, first, do_strides[2:], row, offs_d, mask_m, HEAD_DIM, BLOCK_D)
-    out = _rows(out_base, first, out_strides[2:], row, offs_d, mask_m, HEAD_DIM, BLOCK_D)
+    do_tile = (do_base, first, do_strides[2:], row, mask_m)
+    do = _load(do_tile, offs_d, HEAD_DIM, BLOCK_D)
+    out_tile = (out_base, first, out_strides[2:], row, mask_m)
+    out = _load(out_tile, offs_d, HEAD_DIM, BLOCK_D)
     delta = tl.sum(do.to(ACC) * out.to(ACC), 1)
     if HAS_DLSE:
         dlse_ptrs = _head(dlse_ptr, pid_b, pid_h, dlse_strides) + offset(offs_m, dlse_strides[2])
@@ -342,9 +377,8 @@ def _xl_attention_bwd_query_kernel(
     lse_log2 = tl.load(lse_ptrs, mask=mask_m, other=0.0) * LOG2E
     # A row without keys has lse = -inf and no p but 0.
     lse_log2 = tl.where(lse_log2 == float("-inf"), 0.0, lse_log2)
-    q = _rows(q_base, first, q_strides[2:], row, offs_d, mask_m, HEAD_DIM, BLOCK_D)
-    if NEGATE:
-        q = -q
+    q_tile = (q_base, first, q_strides[2:], row, mask_m)
+    q = _load(q_tile, offs_d, HEAD_DIM, BLOCK_D) if BLOCK_C == BLOCK_D else None
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
 
     if HAS_MEMORY:
@@ -352,14 +386,14 @@ def _xl_attention_bwd_query_kernel(
         mv_base = _head(mv_ptr, pid_b, pid_g, mv_strides)
         whole = len_m // BLOCK_N * BLOCK_N
         dq = _attend_bwd(
-            dq, q, do, lse_log2, delta, mk_base, mv_base, mk_strides[2:], mv_strides[2:], 0, whole,
-            len_m, scale_log2, offs_m, offs_d, 0, False, False, BLOCK_N, HEAD_DIM, BLOCK_D,
-            PRECISION, ACC,
+            dq, q, do, q_tile, do_tile, lse_log2, delta, mk_base, mv_base, mk_strides[2:],
+            mv_strides[2:], 0, whole, len_m, scale_log2, offs_m, offs_d, 0, False, False, BLOCK_M,
+            BLOCK_N, HEAD_DIM, BLOCK_D, BLOCK_C, PRECISION, ACC,
         )  # fmt: skip
         dq = _attend_bwd(
-            dq, q, do, lse_log2, delta, mk_base, mv_base, mk_strides[2:], mv_strides[2:], whole,
-            len_m, len_m, scale_log2, offs_m, offs_d, 0, True, False, BLOCK_N, HEAD_DIM, BLOCK_D,
-            PRECISION, ACC,
+            dq, q, do, q_tile, do_tile, lse_log2, delta, mk_base, mv_base, mk_strides[2:],
+            mv_strides[2:], whole, len_m, len_m, scale_log2, offs_m, offs_d, 0, True, False,
+            BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, BLOCK_C, PRECISION, ACC,
         )  # fmt: skip
 
     k_base = _head(k_ptr, pid_b, pid_g, k_strides)
@@ -371,26 +405,26 @@ def _xl_attention_bwd_query_kernel(
         last = tl.minimum(tl.maximum(first + BLOCK_M + shift, 0), len_k)
     whole = whole // BLOCK_N * BLOCK_N
     dq = _attend_bwd(
-        dq, q, do, lse_log2, delta, k_base, v_base, k_strides[2:], v_strides[2:], 0, whole, len_k,
-        scale_log2, offs_m, offs_d, shift, False, False, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION, ACC,
+        dq, q, do, q_tile, do_tile, lse_log2, delta, k_base, v_base, k_strides[2:], v_strides[2:],
+        0, whole, len_k, scale_log2, offs_m, offs_d, shift, False, False, BLOCK_M, BLOCK_N,
+        HEAD_DIM, BLOCK_D, BLOCK_C, PRECISION, ACC,
     )  # fmt: skip
     dq = _attend_bwd(
-        dq, q, do, lse_log2, delta, k_base, v_base, k_strides[2:], v_strides[2:], whole, last,
-        len_k, scale_log2, offs_m, offs_d, shift, True, IS_CAUSAL, BLOCK_N, HEAD_DIM, BLOCK_D,
-        PRECISION, ACC,
+        dq, q, do, q_tile, do_tile, lse_log2, delta, k_base, v_base, k_strides[2:], v_strides[2:],
+        whole, last, len_k, scale_log2, offs_m, offs_d, shift, True, IS_CAUSAL, BLOCK_M, BLOCK_N,
+        HEAD_DIM, BLOCK_D, BLOCK_C, PRECISION, ACC,
     )  # fmt: skip
 
-    dq = dq * (-scale if NEGATE else scale)
+    dq = dq * scale
     dq_base = _head(dq_ptr, pid_b, pid_h, dq_strides)
-    _store_rows(dq_base, dq, first, dq_strides[2:], row, offs_d, mask_m, HEAD_DIM, BLOCK_D)
+    _store((dq_base, first, dq_strides[2:], row, mask_m), dq, offs_d, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def _collect(
     dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_strides, do_strides, lse_stride, begin,
-    length, scale_log2, offs_n, offs_d, shift, IS_CAUSAL: tl.constexpr, NEGATE: tl.constexpr,
-    BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
+    length, scale_log2, offs_n, offs_d, shift, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Adds ds^T q and p^T dout over queries [begin, length) to dk and dv.
 
@@ -402,14 +436,12 @@ def _collect(
         offs_m = first + row
         mask_m = offs_m < length
         # Rows past the end are 0 in q, dout, lse and D: their p is 1, and adds 0 to dk and dv.
-        q = _rows(q_ptr, first, q_strides, row, offs_d, mask_m, HEAD_DIM, BLOCK_D)
-        do = _rows(do_ptr, first, do_strides, row, offs_d, mask_m, HEAD_DIM, BLOCK_D)
+        q = _load((q_ptr, first, q_strides, row, mask_m), offs_d, HEAD_DIM, BLOCK_D)
+        do = _load((do_ptr, first, do_strides, row, mask_m), offs_d, HEAD_DIM, BLOCK_D)
         place = offset(offs_m, lse_stride)
         lse_log2 = tl.load(lse_ptr + place, mask=mask_m, other=0.0) * LOG2E
         lse_log2 = tl.where(lse_log2 == float("-inf"), 0.0, lse_log2)
         delta = tl.load(delta_ptr + place, mask=mask_m, other=0.0)
-        if NEGATE:
-            q = -q
         score = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * scale_log2
         p = tl.exp2(score - lse_log2[None, :])  # [BLOCK_N, BLOCK_M]
         if IS_CAUSAL:
@@ -426,8 +458,8 @@ def _xl_attention_bwd_key_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides, lse_strides,
     scale_parts, num_key_heads, group, len_q, len_k,
-    IS_CAUSAL: tl.constexpr, NEGATE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys of one key head, over all queries of its group."""
     pid_bg, pid_n = split(tl.program_id(0), tl.cdiv(len_k, BLOCK_N))
@@ -451,8 +483,8 @@ def _xl_attention_bwd_key_kernel(
         begin = tl.minimum(tl.maximum(first - shift, 0), len_q) // BLOCK_M * BLOCK_M
     # Not hoisted, k and v included: addresses kept for the stores would not fit in registers.
     for member in tl.range(0, group, disable_licm=True):
-        k = _rows(k_base, first, k_strides[2:], row, offs_d, mask_n, HEAD_DIM, BLOCK_D)
-        v = _rows(v_base, first, v_strides[2:], row, offs_d, mask_n, HEAD_DIM, BLOCK_D)
+        k = _load((k_base, first, k_strides[2:], row, mask_n), offs_d, HEAD_DIM, BLOCK_D)
+        v = _load((v_base, first, v_strides[2:], row, mask_n), offs_d, HEAD_DIM, BLOCK_D)
         pid_h = pid_g * group + member
         q_base = _head(q_ptr, pid_b, pid_h, q_strides)
         do_base = _head(do_ptr, pid_b, pid_h, do_strides)
@@ -460,15 +492,16 @@ def _xl_attention_bwd_key_kernel(
         delta_base = _head(delta_ptr, pid_b, pid_h, lse_strides)
         dk, dv = _collect(
             dk, dv, k, v, q_base, do_base, lse_base, delta_base, q_strides[2:], do_strides[2:],
-            lse_strides[2], begin, len_q, scale_log2, offs_n, offs_d, shift, IS_CAUSAL, NEGATE,
-            BLOCK_M, HEAD_DIM, BLOCK_D, PRECISION, ACC,
+            lse_strides[2], begin, len_q, scale_log2, offs_n, offs_d, shift, IS_CAUSAL, BLOCK_M,
+            HEAD_DIM, BLOCK_D, PRECISION, ACC,
         )  # fmt: skip
 
-    # q was negated where the scale was, so dk needs its size alone.
     dk_base = _head(dk_ptr, pid_b, pid_g, dk_strides)
     dv_base = _head(dv_ptr, pid_b, pid_g, dv_strides)
-    _store_rows(dk_base, dk * scale, first, dk_strides[2:], row, offs_d, mask_n, HEAD_DIM, BLOCK_D)
-    _store_rows(dv_base, dv, first, dv_strides[2:], row, offs_d, mask_n, HEAD_DIM, BLOCK_D)
+    dk_tile = (dk_base, first, dk_strides[2:], row, mask_n)
+    dv_tile = (dv_base, first, dv_strides[2:], row, mask_n)
+    _store(dk_tile, dk * scale, offs_d, HEAD_DIM, BLOCK_D)
+    _store(dv_tile, dv, offs_d, HEAD_DIM, BLOCK_D)
 
 
 def configs(table: dict, tensors: Sequence[torch.Tensor]) -> tuple[Config, ...]:
@@ -479,7 +512,7 @@ def configs(table: dict, tensors: Sequence[torch.Tensor]) -> tuple[Config, ...]:
     if all(_in_pieces(t) for t in tensors):
         kind = "ampere" if old else "fast"
     if tensors[0].dtype.itemsize > 2:
-        kind = "wide" if _precision(tensors[0].dtype) == "ieee" else "tf32"
+        kind = "wide" if _precision(tensors[0]) == "ieee" else "tf32"
     return next(found for most, found in table[kind].items() if tensors[0].shape[-1] <= most)
 
 
@@ -489,31 +522,34 @@ def _in_pieces(tensor: torch.Tensor) -> bool:
     return last == 1 and tensor.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in steps)
 
 
-def _precision(dtype: torch.dtype) -> str:
-    if dtype != torch.float32:
+def _precision(tensor: torch.Tensor) -> str:
+    if tensor.dtype != torch.float32 or tensor.shape[-1] > max(FORWARD["tf32"]):
         return "ieee"
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _parts(scale: float) -> tuple[float, float]:
-    """|scale| as a sum of two fp32 numbers; its sign goes to the queries, where it is exact."""
-    size = abs(scale)
-    high = torch.tensor(size, dtype=torch.float32).item()
-    return high, size - high
+    """The scale as a sum of two fp32 numbers."""
+    high = torch.tensor(scale, dtype=torch.float32).item()
+    return high, scale - high
+
+
+def _columns(head_dim: int, config: Config) -> int:
+    return min(config.block_c, triton.next_power_of_2(head_dim))
 
 
 def _common(query: torch.Tensor, scale: float, config: Config) -> dict:
     head_dim = query.shape[-1]
     return {
-        "NEGATE": scale < 0,
         "HEAD_DIM": head_dim,
         "BLOCK_D": triton.next_power_of_2(head_dim),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "PRECISION": _precision(query.dtype),
+        "PRECISION": _precision(query),
         "ACC": tl.float64 if query.dtype == torch.float64 else tl.float32,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        "maxnreg": MAX_REGISTERS,
     }
 
 
@@ -589,6 +625,7 @@ def launch_backward(
             grad_out.stride(), dq.stride(), lse.stride(), dlse.stride(),
             _parts(scale), heads, group, length, key.shape[2], mk.shape[2],
             IS_CAUSAL=is_causal, HAS_MEMORY=has_memory, HAS_DLSE=grad_lse is not None,
+            BLOCK_C=_columns(query.shape[-1], query_config),
             **_common(query, scale, query_config),
         )  # fmt: skip
 
@@ -663,7 +700,6 @@ def aot_cases() -> Iterator[AotCase]:
             },
             constexprs={
                 "IS_CAUSAL": is_causal,
-                "NEGATE": False,
                 "HEAD_DIM": head_dim,
                 "BLOCK_D": triton.next_power_of_2(head_dim),
                 "BLOCK_M": config.block_m,
@@ -671,9 +707,11 @@ def aot_cases() -> Iterator[AotCase]:
                 "PRECISION": "tf32" if dtype == "tf32" else "ieee",
                 "ACC": tl.float32,
                 **flags[form],
+                **({"BLOCK_C": _columns(head_dim, config)} if form == "dq" else {}),
             },
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            maxnreg=MAX_REGISTERS,
             has_dots=dtype != "fp32",
             pipelined=config.num_stages > 1,
             variants=variants.get(kind, ("aligned", "unaligned")),
