@@ -6,17 +6,21 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 if TYPE_CHECKING:
+    import torch
+
     from .model import XT
     from .planning import Plan
     from .source import ImageSource
     from .streaming import StreamStats
+
+_CONTEXTS = ("xl", "hyper", "vit")  # those of .model, which takes seconds to import
 
 
 class _Group(click.Group):
@@ -82,7 +86,7 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--encoder", default="swinv2_tiny", show_default=True,
                          help="Region encoder: short name (see xt doctor) or timm model."),
             click.option("--context", default="xl", show_default=True,
-                         type=click.Choice(["xl", "hyper", "vit", "none"]),
+                         type=click.Choice([*_CONTEXTS, "none"]),
                          help="Context encoder."),
             click.option("--model", "model_dir", type=click.Path(path_type=Path),
                          help="Folder of a saved model; replaces the options that define one."),
@@ -247,6 +251,193 @@ _DEMO_OPTIONS: dict[str, Any] = {
     "region": None, "chunk_regions": None, "memory_chunks": None, "tiling": None,
     "mean": None, "std": None, "seed": 0, "device": "auto",
 }  # fmt: skip
+
+
+@main.command()
+@click.option(
+    "--encoder",
+    default="convnext_atto",
+    show_default=True,
+    help="Region encoder: short name (see xt doctor) or timm model.",
+)
+@click.option(
+    "--context",
+    default="all",
+    show_default=True,
+    type=click.Choice(["none", *_CONTEXTS, "all"]),
+    help="Context encoder.",
+)
+@click.option(
+    "--size",
+    type=click.IntRange(1, 4096),
+    default=512,
+    show_default=True,
+    help="Side of the inputs, pixels; memory grows with it.",
+)
+@click.option(
+    "--region",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    help="Side of the regions, pixels.",
+)
+@click.option(
+    "--chunk-regions",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Regions a chunk of xl; hyper and vit take the whole image.",
+)
+@click.option(
+    "--images", type=click.IntRange(1), default=4, show_default=True, help="Inputs to average over."
+)
+@click.option(
+    "--image",
+    "photograph",
+    type=click.Path(path_type=Path),
+    help="Take crops of this FILE; default is normal noise.",
+)
+@click.option(
+    "--token",
+    callback=_numbers(int, 0),
+    metavar="ROW,COLUMN",
+    help="Which token; default is the centre of the last region.",
+)
+@click.option("--pretrained", is_flag=True, help="timm's weights for the region encoder.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of weights, inputs and signs.",
+)
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+def erf(out: Path, **options: Any) -> None:
+    """Effective receptive field: which pixels a token depends on, and how much."""
+    from .output import OutputFolder, check_output
+
+    check_output(out)
+    if options["token"] is not None and len(options["token"]) != 2:
+        raise click.BadParameter("expected two numbers like 3,5.", param_hint="--token")
+    if options["size"] < options["region"]:
+        raise click.BadParameter(
+            f"must be at least a region, {options['region']} px, got {options['size']}.",
+            param_hint="--size",
+        )
+    with ExitStack() as stack:
+        source = None
+        if options["photograph"] is not None:
+            source = stack.enter_context(_opened(options["photograph"]))
+        folder = stack.enter_context(OutputFolder(out))
+        assert folder is not None
+        numbers = _measure_fields(folder, source, options)
+    click.echo(f"{'context':<8}{'region':>9}{'chunk':>9}{'outside':>9}{'50 %':>10}{'95 %':>10}"
+               f"{'nonzero':>10}{'can see':>14}")  # fmt: skip
+    for name, n in numbers.items():
+        shares = "".join(f"{n[f'{part}_share']:>9.2%}" for part in ("region", "chunk", "outside"))
+        click.echo(
+            f"{name:<8}{shares}{n['radius_50']:>7.0f} px{n['radius_95']:>7.0f} px"
+            f"{n['nonzero']:>10.2%}{n['context_px']:>11,} px"
+        )
+    click.echo(f"wrote {out}/: erf.png, erf.json, erf.npz")
+
+
+def _measure_fields(
+    folder: Path, source: ImageSource | None, options: dict[str, Any]
+) -> dict[str, dict[str, float]]:
+    """Measures the maps of `xt erf`, writes its three files, and returns their numbers."""
+    import json
+    from dataclasses import asdict
+
+    import numpy as np
+    from tqdm import tqdm
+
+    import xt_kernels
+
+    from .output import write_receptive_fields
+    from .receptive_field import (
+        centre_token,
+        effective_receptive_field,
+        receptive_field_numbers,
+        token_region,
+    )
+
+    size, token, count = options["size"], options["token"], options["images"]
+    names = ["none", *_CONTEXTS] if options["context"] == "all" else [options["context"]]
+    fields, numbers, configs = {}, {}, {}
+    with tqdm(total=len(names) * count, unit=" images", desc="erf", file=sys.stderr) as bar:
+        for name in names:
+            model = _field_model(name, 3 if source is None else source.bands, options)
+            token = token or centre_token(model, size, size)
+            box = model.grid(size, size).box(token_region(model, size, size, token))
+            fields[name] = effective_receptive_field(
+                model,
+                _field_images(source, options),
+                token=token,
+                seed=options["seed"],
+                progress=bar.update,
+            )
+            numbers[name] = receptive_field_numbers(model, fields[name], token)
+            configs[name] = asdict(model.config)
+    record = {
+        "image": None if source is None else source.name,
+        "size": size,
+        "images": count,
+        "seed": options["seed"],
+        "pretrained": options["pretrained"],
+        "token": token,
+        "region_box": box,
+        "xt_kernels": xt_kernels.__version__,
+        "contexts": {name: numbers[name] | {"config": configs[name]} for name in names},
+    }
+    (folder / "erf.json").write_text(json.dumps(record, indent=1))
+    np.savez_compressed(folder / "erf.npz", **fields)
+    write_receptive_fields(folder / "erf.png", fields, box)
+    return numbers
+
+
+def _field_model(context: str, bands: int, options: dict[str, Any]) -> XT:
+    import warnings
+
+    from .registry import RandomWeightsWarning, create_model
+
+    extra = {"chunk_regions": options["chunk_regions"]} if context == "xl" else {}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RandomWeightsWarning)
+        model = create_model(
+            options["encoder"],
+            context=None if context == "none" else context,
+            pretrained=options["pretrained"],
+            seed=options["seed"],
+            region=options["region"],
+            in_chans=bands,
+            **extra,
+        )
+    for warning in caught:
+        click.echo(f"note: {context}: {warning.message}", err=True)
+    return model
+
+
+def _field_images(source: ImageSource | None, options: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """Square inputs by seed, `[C, size, size]`: crops of the source, or normal noise."""
+    import numpy as np
+    import torch
+
+    rng, size = np.random.default_rng(options["seed"]), options["size"]
+    if source is not None and min(source.height, source.width) < size:
+        raise ValueError(
+            f"{source.name}: expected at least {size:,} x {size:,} px (--size), found "
+            f"{source.height:,} x {source.width:,}."
+        )
+    for _ in range(options["images"]):
+        if source is None:
+            yield torch.from_numpy(rng.standard_normal((3, size, size), dtype=np.float32))
+            continue
+        top, left = rng.integers((source.height - size + 1, source.width - size + 1)).tolist()
+        pixels = source.read(top, left, size, size)
+        if not np.isfinite(pixels).all():
+            raise ValueError(f"{source.name}: expected finite pixels, found others in a crop.")
+        yield torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
 
 
 @main.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -277,6 +277,59 @@ def write_preview(
     )
     gap = np.full((left.shape[0], 8, 3), 255, dtype=np.uint8)
     Image.fromarray(np.concatenate([left, gap, right], axis=1)).save(path)
+
+
+FIELD_DECADES = 8
+"""Powers of ten below its peak that the picture of a receptive field tells apart."""
+
+_RAMP = np.array([
+    [68, 1, 84], [71, 45, 123], [59, 82, 139], [44, 114, 142], [33, 145, 140],
+    [40, 174, 128], [94, 201, 98], [173, 220, 48], [253, 231, 37],
+])  # fmt: skip
+"""Nine even steps of viridis (matplotlib, CC0), which is perceptually uniform."""
+
+
+def write_receptive_fields(
+    path: Path,
+    fields: Mapping[str, np.ndarray[Any, np.dtype[np.float32]]],
+    box: tuple[int, int, int, int],
+) -> None:
+    """Draws maps `[H, W]` side by side under their names, a white frame around `box`.
+
+    box: (top, left, height, width) of the token's region, pixels. Colour is the logarithm of the
+        gradient, over `FIELD_DECADES` below the peak of each map; black is no gradient at all.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    gap, bar = 8, 28
+    height, width = next(iter(fields.values())).shape
+    size = (len(fields) * (width + gap) - gap, bar + height + 2 * bar)
+    picture = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(16)
+    top, left, rows, cols = box
+    for i, (name, field) in enumerate(fields.items()):
+        x = i * (width + gap)
+        picture.paste(Image.fromarray(_field_colours(field)), (x, bar))
+        frame = (x + left, bar + top, x + left + cols - 1, bar + top + rows - 1)
+        draw.rectangle(frame, outline="white", width=2)
+        draw.text((x + 4, 4), name, fill="black", font=font)
+    legend = np.logspace(-FIELD_DECADES, 0, min(size[0], 256), dtype=np.float32)
+    picture.paste(Image.fromarray(_field_colours(np.tile(legend, (12, 1)))), (0, bar + height + 8))
+    text = f"1e-{FIELD_DECADES} to 1 of the peak; black: none"
+    draw.text((0, 2 * bar + height + 2), text, fill="black", font=font)
+    picture.save(path)
+
+
+def _field_colours(
+    field: np.ndarray[Any, np.dtype[np.float32]],
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    with np.errstate(divide="ignore"):
+        decades = np.log10(field / field.max())  # -inf where there is none
+    at = (decades / FIELD_DECADES + 1).clip(0, 1) * (len(_RAMP) - 1)
+    low = at.astype(int).clip(0, len(_RAMP) - 2)
+    colours = _RAMP[low] + (at - low)[..., None] * (_RAMP[low + 1] - _RAMP[low])
+    return np.where(field[..., None] > 0, colours.round(), 0).astype(np.uint8)
 
 
 def _stretch(
