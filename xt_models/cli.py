@@ -253,65 +253,38 @@ _DEMO_OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
+def _erf_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(
+        [
+            click.option("--encoder", default="convnext_atto", show_default=True,
+                         help="Region encoder: short name (see xt doctor) or timm model."),
+            click.option("--context", default="all", show_default=True,
+                         type=click.Choice(["none", *_CONTEXTS, "all"]), help="Context encoder."),
+            click.option("--size", type=click.IntRange(1, 4096), default=512, show_default=True,
+                         help="Side of the inputs, pixels; memory grows with it."),
+            click.option("--region", type=click.IntRange(1), default=128, show_default=True,
+                         help="Side of the regions, pixels."),
+            click.option("--chunk-regions", type=click.IntRange(1), default=1, show_default=True,
+                         help="Regions a chunk of xl; hyper and vit take the whole image."),
+            click.option("--images", type=click.IntRange(1), default=4, show_default=True,
+                         help="Inputs to average over."),
+            click.option("--image", "photograph", type=click.Path(path_type=Path),
+                         help="Take random crops of this FILE; default is normal noise."),
+            click.option("--token", callback=_numbers(int, 0), metavar="ROW,COLUMN",
+                         help="Which token; default is the centre of the last region."),
+            click.option("--pretrained", is_flag=True,
+                         help="timm's weights for the region encoder."),
+            click.option("--seed", type=click.IntRange(0), default=0, show_default=True,
+                         help="Of weights, inputs and signs."),
+        ]
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 @main.command()
-@click.option(
-    "--encoder",
-    default="convnext_atto",
-    show_default=True,
-    help="Region encoder: short name (see xt doctor) or timm model.",
-)
-@click.option(
-    "--context",
-    default="all",
-    show_default=True,
-    type=click.Choice(["none", *_CONTEXTS, "all"]),
-    help="Context encoder.",
-)
-@click.option(
-    "--size",
-    type=click.IntRange(1, 4096),
-    default=512,
-    show_default=True,
-    help="Side of the inputs, pixels; memory grows with it.",
-)
-@click.option(
-    "--region",
-    type=click.IntRange(1),
-    default=128,
-    show_default=True,
-    help="Side of the regions, pixels.",
-)
-@click.option(
-    "--chunk-regions",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Regions a chunk of xl; hyper and vit take the whole image.",
-)
-@click.option(
-    "--images", type=click.IntRange(1), default=4, show_default=True, help="Inputs to average over."
-)
-@click.option(
-    "--image",
-    "photograph",
-    type=click.Path(path_type=Path),
-    help="Take crops of this FILE; default is normal noise.",
-)
-@click.option(
-    "--token",
-    callback=_numbers(int, 0),
-    metavar="ROW,COLUMN",
-    help="Which token; default is the centre of the last region.",
-)
-@click.option("--pretrained", is_flag=True, help="timm's weights for the region encoder.")
-@click.option(
-    "--seed",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Of weights, inputs and signs.",
-)
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+@_erf_options
 def erf(out: Path, **options: Any) -> None:
     """Effective receptive field: which pixels a token depends on, and how much."""
     from .output import OutputFolder, check_output
@@ -331,8 +304,7 @@ def erf(out: Path, **options: Any) -> None:
         folder = stack.enter_context(OutputFolder(out))
         assert folder is not None
         numbers = _measure_fields(folder, source, options)
-    click.echo(f"{'context':<8}{'region':>9}{'chunk':>9}{'outside':>9}{'50 %':>10}{'95 %':>10}"
-               f"{'nonzero':>10}{'can see':>14}")  # fmt: skip
+    click.echo("context    region    chunk  outside   50 % in   95 % in   nonzero       can see")
     for name, n in numbers.items():
         shares = "".join(f"{n[f'{part}_share']:>9.2%}" for part in ("region", "chunk", "outside"))
         click.echo(
@@ -364,10 +336,19 @@ def _measure_fields(
 
     size, token, count = options["size"], options["token"], options["images"]
     names = ["none", *_CONTEXTS] if options["context"] == "all" else [options["context"]]
-    fields, numbers, configs = {}, {}, {}
+    fields: dict[str, Any] = {}
+    numbers, configs = {}, {}
     with tqdm(total=len(names) * count, unit=" images", desc="erf", file=sys.stderr) as bar:
         for name in names:
-            model = _field_model(name, 3 if source is None else source.bands, options)
+            extra = {"chunk_regions": options["chunk_regions"]} if name == "xl" else {}
+            model, notes = _create(
+                options | {"context": name},
+                region=options["region"],
+                in_chans=3 if source is None else source.bands,
+                **extra,
+            )
+            for note in notes if name == names[0] else []:  # the same for all
+                bar.write(note, file=sys.stderr)
             token = token or centre_token(model, size, size)
             box = model.grid(size, size).box(token_region(model, size, size, token))
             fields[name] = effective_receptive_field(
@@ -394,28 +375,6 @@ def _measure_fields(
     np.savez_compressed(folder / "erf.npz", **fields)
     write_receptive_fields(folder / "erf.png", fields, box)
     return numbers
-
-
-def _field_model(context: str, bands: int, options: dict[str, Any]) -> XT:
-    import warnings
-
-    from .registry import RandomWeightsWarning, create_model
-
-    extra = {"chunk_regions": options["chunk_regions"]} if context == "xl" else {}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", RandomWeightsWarning)
-        model = create_model(
-            options["encoder"],
-            context=None if context == "none" else context,
-            pretrained=options["pretrained"],
-            seed=options["seed"],
-            region=options["region"],
-            in_chans=bands,
-            **extra,
-        )
-    for warning in caught:
-        click.echo(f"note: {context}: {warning.message}", err=True)
-    return model
 
 
 def _field_images(source: ImageSource | None, options: dict[str, Any]) -> Iterator[torch.Tensor]:
@@ -461,8 +420,6 @@ def _opened(image: Path) -> Iterator[ImageSource]:
 
 def _model(source: ImageSource, options: dict[str, Any], **extra: Any) -> XT:
     """The model that the options name, on its device; a notice where its weights are random."""
-    import warnings
-
     import torch
 
     device = options["device"]
@@ -478,8 +435,6 @@ def _model(source: ImageSource, options: dict[str, Any], **extra: Any) -> XT:
             raise ValueError(f"--model must be a folder with config.json, got {folder}.")
         model = XT.from_pretrained(str(folder)).eval()
     else:
-        from .registry import RandomWeightsWarning, create_model
-
         bands = options["bands"]
         extra["in_chans"] = source.bands if bands is None else len(bands)
         for name in ("region", "memory_chunks", "tiling", "mean", "std"):
@@ -487,18 +442,28 @@ def _model(source: ImageSource, options: dict[str, Any], **extra: Any) -> XT:
                 extra[name] = options[name]
         if options["chunk_regions"] is not None:
             extra["chunk_regions"] = options["chunk_regions"] or None
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", RandomWeightsWarning)
-            model = create_model(
-                options["encoder"],
-                context=None if options["context"] == "none" else options["context"],
-                pretrained=options["pretrained"],
-                seed=options["seed"],
-                **extra,
-            )
-        for warning in caught:
-            click.echo(f"note: {warning.message}", err=True)
+        model, notes = _create(options, **extra)
+        for note in notes:
+            click.echo(note, err=True)
     return model.to(device)
+
+
+def _create(options: dict[str, Any], **extra: Any) -> tuple[XT, list[str]]:
+    """A new model, and what to tell of it: that its weights are random."""
+    import warnings
+
+    from .registry import RandomWeightsWarning, create_model
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RandomWeightsWarning)
+        model = create_model(
+            options["encoder"],
+            context=None if options["context"] == "none" else options["context"],
+            pretrained=options["pretrained"],
+            seed=options["seed"],
+            **extra,
+        )
+    return model, [f"note: {warning.message}" for warning in caught]
 
 
 def _stream_options(options: dict[str, Any]) -> dict[str, Any]:
