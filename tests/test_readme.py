@@ -97,6 +97,7 @@ def test_python_blocks(folder, tmp_path, monkeypatch):
     code = blocks("python")
     assert len(code) >= 3
     values = {
+        "torch": torch,
         "image": torch.randint(0, 256, (1, 3, 300, 530), dtype=torch.uint8),
         "chunks": torch.randn(3, 1, 10, 768).unbind(),
         "mean": (0.5,) * 3,
@@ -110,6 +111,8 @@ def test_python_blocks(folder, tmp_path, monkeypatch):
             values["image"] = torch.zeros(3, 5000, 7001, dtype=torch.uint8)
         exec(block, values)
     assert values["result"].out == Path("out") and values["result"].embedding.shape == (768,)
+    assert values["pixels"] == 786_432 and values["seen"] == [2, 3, 4]
+    assert values["field"].shape == (512, 512)
     assert values["tokens"].shape == (157 * 219, 96)
     assert values["out"].shape == (1, 2, 5, 32)
     assert values["regions"].shape == (20 * 28, 3, 256, 256)

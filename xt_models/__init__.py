@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .context_encoder import ContextEncoder, Memory, XLContextEncoder
     from .model import XT, XTConfig, XTOutput
     from .planning import plan
+    from .receptive_field import context_length, effective_receptive_field, visible_chunks
     from .registry import create_model, list_models
     from .source import open_image
     from .streaming import stream, stream_chunks
@@ -20,12 +21,15 @@ _HOME = {
     "XT": "model",
     "XTConfig": "model",
     "XTOutput": "model",
+    "context_length": "receptive_field",
     "create_model": "registry",
+    "effective_receptive_field": "receptive_field",
     "list_models": "registry",
     "open_image": "source",
     "plan": "planning",
     "stream": "streaming",
     "stream_chunks": "streaming",
+    "visible_chunks": "receptive_field",
 }
 
 __all__ = [
@@ -35,12 +39,15 @@ __all__ = [
     "XLContextEncoder",
     "XTConfig",
     "XTOutput",
+    "context_length",
     "create_model",
+    "effective_receptive_field",
     "list_models",
     "open_image",
     "plan",
     "stream",
     "stream_chunks",
+    "visible_chunks",
 ]
 
 
