@@ -298,10 +298,12 @@ def test_same_seed_same_map():
 @pytest.mark.parametrize("gradient", ["stop", "through", "truncated"])
 def test_the_models_own_gradient_changes_nothing_and_comes_back(gradient):
     model = small(gradient=gradient, gradient_chunks=1).train()
+    model.region_encoder.eval()  # as of a frozen backbone
     with torch.inference_mode():
         field = effective_receptive_field(model, noise(64, 256))
     np.testing.assert_array_equal(field, effective_receptive_field(small(), noise(64, 256)))
-    assert model.context.gradient == gradient and model.training
+    assert model.context.gradient == gradient
+    assert model.training and model.context.training and not model.region_encoder.training
     assert all(p.grad is None for p in model.parameters())
 
     def fail(count):

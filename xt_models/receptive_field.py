@@ -268,7 +268,7 @@ def _leaf(model: XT, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @contextmanager
 def _gradient_through(model: XT) -> Iterator[None]:
     """Evaluation mode, gradients recorded, and memory that lets them through; then as before."""
-    training, context = model.training, model.context
+    modes, context = [(m, m.training) for m in model.modules()], model.context
     before = None if context is None else context.gradient
     try:
         model.eval()
@@ -277,6 +277,7 @@ def _gradient_through(model: XT) -> Iterator[None]:
         with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
         if context is not None and before is not None:
             context.gradient = before
