@@ -49,7 +49,7 @@ def test_help_answers_within_half_a_second():
         out = subprocess.run([*XT, "--help"], capture_output=True, text=True, check=True).stdout
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
-    for command in ("demo", "doctor", "info", "plan", "embed", "predict", "erf"):
+    for command in ("demo", "doctor", "info", "plan", "embed", "predict", "erf", "train"):
         assert f"\n  {command} " in out
     assert min(times) < 0.5, times
 

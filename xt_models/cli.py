@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .planning import Plan
     from .source import ImageSource
     from .streaming import StreamStats
+    from .train.table import Run
 
 _CONTEXTS = ("xl", "hyper", "vit")  # those of .model, which takes seconds to import
 
@@ -397,6 +398,47 @@ def _field_images(source: ImageSource | None, options: dict[str, Any]) -> Iterat
         if not np.isfinite(pixels).all():
             raise ValueError(f"{source.name}: expected finite pixels, found others in a crop.")
         yield torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
+
+
+@main.group("train")
+def train_() -> None:
+    """Trains small examples that end in a table."""
+
+
+@train_.command("cue-digits")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+@click.option("--rows", help="Rows to train, with commas between, e.g. 64/32,xl-through; all.")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True,
+              help="Runs of each row; seeds count from 0.")  # fmt: skip
+@click.option("--steps", type=click.IntRange(1), default=1000, show_default=True,
+              help="Batches of 64 images a run.")  # fmt: skip
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True,
+              help="Runs at a time, one thread each.")  # fmt: skip
+def cue_digits(out: Path, rows: str | None, seeds: int, steps: int, jobs: int) -> None:
+    """The proof that context matters: the label is in one region, its place in another."""
+    from tqdm import tqdm
+
+    from .output import check_output
+    from .train.cue_digits import ROWS
+    from .train.table import check_row, format_table, write_table
+
+    check_output(out)
+    names = list(ROWS) if rows is None else list(dict.fromkeys(rows.split(",")))
+    for name in names:
+        check_row(name)
+    total = len(names) * seeds * steps
+    with tqdm(total=total, unit=" steps", desc="cue-digits", file=sys.stderr) as bar:
+
+        def tell(run: Run) -> None:
+            accuracy = f"{run.points[-1].accuracy:.1f} %"
+            line = f"{run.row}, seed {run.seed}: {accuracy} in {_seconds(run.seconds)}"
+            bar.write(line, file=sys.stderr)
+
+        table = write_table(
+            out, names, seeds=seeds, steps=steps, jobs=jobs, on_steps=bar.update, on_run=tell
+        )
+    click.echo(format_table(table))
+    click.echo(f"wrote {out}/: curves.csv, table.json, curves.png")
 
 
 @main.command()

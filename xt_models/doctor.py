@@ -15,8 +15,9 @@ _REQUIRED = (
 _OPTIONAL = {
     "rasterio": ("geo", "reads JPEG 2000, VRT and other formats of GDAL"),
     "openslide-python": ("wsi", "reads whole-slide formats (SVS, NDPI, MRXS, ...)"),
+    "scikit-learn": ("train", "holds the digits of xt train cue-digits"),
     "pytest-benchmark": ("bench", "runs the benchmarks in bench/"),
-    "matplotlib": ("bench", "draws the plots of the benchmark reports"),
+    "matplotlib": ("train", "draws the curves of xt train and the plots of the benchmark reports"),
 }
 
 

@@ -1,0 +1,1 @@
+"""Training: small examples on the public API that end in a table."""
