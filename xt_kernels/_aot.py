@@ -132,8 +132,13 @@ class Measurement:
         return [f"{self.key}: {text}" for good, text in rules if not good]
 
 
-def lock_faults(measured: Sequence[Measurement], lock: Mapping[str, Any]) -> list[str]:
-    """Differences between the measured resources and the lock file's."""
+def lock_faults(
+    measured: Sequence[Measurement], lock: Mapping[str, Any], keys: Iterable[str] | None = None
+) -> list[str]:
+    """Differences between the measured resources and the lock file's.
+
+    keys: all that there are, where `measured` is a part of them.
+    """
     faults = []
     for m in measured:
         old = lock.get(m.key)
@@ -143,7 +148,7 @@ def lock_faults(measured: Sequence[Measurement], lock: Mapping[str, Any]) -> lis
         changed = [f"{k} {old.get(k)} -> {v}" for k, v in m.locked.items() if old.get(k) != v]
         if changed:
             faults.append(f"{m.key}: {', '.join(changed)}")
-    known = {m.key for m in measured}
+    known = {m.key for m in measured} if keys is None else set(keys)
     faults += [f"{key}: in the lock file, but no such kernel" for key in lock if key not in known]
     return faults
 
@@ -178,6 +183,7 @@ def measure(
     archs: Sequence[int] = ARCHS,
     jobs: int = 1,
     path: Sequence[str] = (),
+    only: int | None = None,
 ) -> list[Measurement]:
     """Compile the cases of the modules in child processes and read their resources.
 
@@ -187,6 +193,7 @@ def measure(
       archs: compute capabilities times ten.
       jobs: child processes, each on every jobs-th case.
       path: folders to put in front of the children's import path.
+      only: run this one of the jobs, from 0, and leave the others to other calls.
 
     Raises:
       RuntimeError: if a child fails other than by a kernel that does not compile.
@@ -194,7 +201,7 @@ def measure(
     measured: list[Measurement] = []
     with tempfile.TemporaryDirectory(prefix="xt-aot-") as folder:
         children = []
-        for part in range(jobs):
+        for part in range(jobs) if only is None else [only]:
             # Kernels defined while interpreting cannot be compiled, and a warm cache hides what the
             # compiler does today.
             environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -216,18 +223,39 @@ def measure(
     return sorted(measured, key=lambda m: m.key)
 
 
+def keys(modules: Sequence[str], archs: Sequence[int] = ARCHS) -> list[str]:
+    """The keys of all that `measure` compiles; nothing is compiled."""
+    return [
+        _key(name, case, arch, variant)
+        for name in modules
+        for case in _cases(importlib.import_module(name))
+        for variant, arch in _variants(case, archs)
+    ]
+
+
+def _cases(module: Any) -> list[AotCase]:
+    return list(module.aot_cases()) if hasattr(module, "aot_cases") else []
+
+
+def _variants(case: AotCase, archs: Sequence[int]) -> list[tuple[str, int]]:
+    return [(variant, a) for variant in case.variants for a in archs if a in case.archs]
+
+
+def _key(module: str, case: AotCase, arch: int, variant: str) -> str:
+    return f"{module.removeprefix('xt_kernels.')}:{case.name}|sm_{arch}|{variant}"
+
+
 def _child(out: str, part: int, jobs: int, archs: Sequence[int], modules: Sequence[str]) -> None:
     rows = []
     number = 0
     for name in modules:
         module = importlib.import_module(name)
-        cases = list(module.aot_cases()) if hasattr(module, "aot_cases") else []
+        cases = _cases(module)
         for case in cases:
-            for variant in case.variants:
-                for arch in (a for a in archs if a in case.archs):
-                    number += 1
-                    if number % jobs == part:
-                        rows.append(_measured(name, case, arch, variant == "aligned"))
+            for variant, arch in _variants(case, archs):
+                number += 1
+                if number % jobs == part:
+                    rows.append(_measured(name, case, arch, variant))
         covered = {_bare(case.kernel).fn.__name__ for case in cases}
         if part == 0:
             missing = _kernels_of(module) - covered
@@ -267,13 +295,12 @@ def _row(key: str, arch: int, aligned: bool, case: AotCase | None, **found: Any)
     }
 
 
-def _measured(module: str, case: AotCase, arch: int, aligned: bool) -> dict[str, Any]:
+def _measured(module: str, case: AotCase, arch: int, variant: str) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    short = module.removeprefix("xt_kernels.")
-    key = f"{short}:{case.name}|sm_{arch}|{'aligned' if aligned else 'unaligned'}"
+    key, aligned = _key(module, case, arch, variant), variant == "aligned"
     kernel = _bare(case.kernel)
     try:
         signature, constexprs, attrs = _specialised(kernel, case, aligned)
