@@ -33,7 +33,8 @@ class ChunkTokens(NamedTuple):
     """One chunk out of the context encoder.
 
     regions: its region numbers. tokens: `[L, C]`, row-major over the chunk, on the model's device.
-    summary: its part of the embedding, `[1, C]`. memory: what the next chunk will see, or None.
+    summary: its part of the embedding, `[1, C]`. memory: what the next chunk will see, or None; a
+    model with memory="kv" writes over it in the next chunks.
     """
 
     regions: tuple[int, ...]
