@@ -105,7 +105,7 @@ def _aligned(grid: RegionGrid, left: int) -> bool:
     return grid.region % 8 == 0 and left % 8 == 0
 
 
-@torch.library.custom_op("xt::extract_regions_fwd", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("xt::extract_regions_fwd", mutates_args=())
 def extract_forward(
     image: torch.Tensor,
     gain: Sequence[float],
@@ -122,27 +122,7 @@ def extract_forward(
     """`[B, R, C, s, s]` of the window at (top, left) of a height x width image."""
     count = RegionGrid(height, width, side).num_regions if regions is None else len(regions)
     out = _new_regions(image, count, side, dtype, channels_last)
-    _extract_cuda(image, out, gain, bias, regions, RegionGrid(height, width, side), top, left)
-    return out
-
-
-@extract_forward.register_kernel("cpu")
-def _(
-    image: torch.Tensor,
-    gain: Sequence[float],
-    bias: Sequence[float],
-    regions: Sequence[int] | None,
-    height: int,
-    width: int,
-    side: int,
-    top: int,
-    left: int,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> torch.Tensor:
-    count = RegionGrid(height, width, side).num_regions if regions is None else len(regions)
-    out = _new_regions(image, count, side, dtype, channels_last)
-    _extract_cpu(image, out, gain, bias, regions, RegionGrid(height, width, side), top, left)
+    _extract(image, out, gain, bias, regions, RegionGrid(height, width, side), top, left)
     return out
 
 
@@ -165,7 +145,7 @@ def _(
     return _new_regions(image, count, side, dtype, channels_last)
 
 
-@torch.library.custom_op("xt::extract_regions_into", mutates_args=("out",), device_types="cuda")
+@torch.library.custom_op("xt::extract_regions_into", mutates_args=("out",))
 def extract_into(
     image: torch.Tensor,
     out: torch.Tensor,
@@ -179,23 +159,7 @@ def extract_into(
     left: int,
 ) -> None:
     """Fills `out` `[B, R, C, s, s]`."""
-    _extract_cuda(image, out, gain, bias, regions, RegionGrid(height, width, side), top, left)
-
-
-@extract_into.register_kernel("cpu")
-def _(
-    image: torch.Tensor,
-    out: torch.Tensor,
-    gain: Sequence[float],
-    bias: Sequence[float],
-    regions: Sequence[int] | None,
-    height: int,
-    width: int,
-    side: int,
-    top: int,
-    left: int,
-) -> None:
-    _extract_cpu(image, out, gain, bias, regions, RegionGrid(height, width, side), top, left)
+    _extract(image, out, gain, bias, regions, RegionGrid(height, width, side), top, left)
 
 
 @extract_into.register_fake
@@ -214,31 +178,7 @@ def _(
     return None
 
 
-def _extract_cuda(
-    image: torch.Tensor,
-    out: torch.Tensor,
-    gain: Sequence[float],
-    bias: Sequence[float],
-    regions: Sequence[int] | None,
-    grid: RegionGrid,
-    top: int,
-    left: int,
-) -> None:
-    from . import kernels
-
-    inner = _inner(image.dtype)
-    with torch.cuda.device(image.device):
-        kernels.launch_extract_forward(
-            image,
-            _on(image, _boxes(grid, _ids(regions), top, left)),
-            _on(image, _constants(tuple(gain), inner)),
-            _on(image, _constants(tuple(bias), inner)),
-            out,
-            _aligned(grid, left),
-        )
-
-
-def _extract_cpu(
+def _extract(
     image: torch.Tensor,
     out: torch.Tensor,
     gain: Sequence[float],
@@ -249,10 +189,24 @@ def _extract_cpu(
     left: int,
 ) -> None:
     boxes = _boxes(grid, _ids(regions), top, left)
-    eager.extract_forward(image, boxes, tuple(gain), tuple(bias), out)
+    if not image.is_cuda:
+        eager.extract_forward(image, boxes, tuple(gain), tuple(bias), out)
+        return
+    from . import kernels
+
+    inner = _inner(image.dtype)
+    with torch.cuda.device(image.device):
+        kernels.launch_extract_forward(
+            image,
+            _on(image, boxes),
+            _on(image, _constants(tuple(gain), inner)),
+            _on(image, _constants(tuple(bias), inner)),
+            out,
+            _aligned(grid, left),
+        )
 
 
-@torch.library.custom_op("xt::extract_regions_bwd", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("xt::extract_regions_bwd", mutates_args=())
 def extract_backward(
     grad: torch.Tensor,
     gain: Sequence[float],
@@ -267,11 +221,15 @@ def extract_backward(
     channels_last: bool,
 ) -> torch.Tensor:
     """Gradient `[B, C, h, w]` of a window of size `window` (h, w); zero where no region reads."""
-    from . import kernels
-
     grid = RegionGrid(height, width, side)
     boxes = _boxes(grid, _ids(regions), top, left)
     grad_image = _new_image(grad, window, dtype, channels_last, boxes)
+    if not grad.is_cuda:
+        gains = torch.tensor(gain, dtype=_inner(dtype), device="cpu")
+        eager.extract_backward(grad, boxes, gains, grad_image)
+        return grad_image
+    from . import kernels
+
     with torch.cuda.device(grad.device):
         kernels.launch_extract_backward(
             grad,
@@ -280,27 +238,6 @@ def extract_backward(
             grad_image,
             _aligned(grid, left),
         )
-    return grad_image
-
-
-@extract_backward.register_kernel("cpu")
-def _(
-    grad: torch.Tensor,
-    gain: Sequence[float],
-    regions: Sequence[int] | None,
-    height: int,
-    width: int,
-    side: int,
-    top: int,
-    left: int,
-    window: Sequence[int],
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> torch.Tensor:
-    boxes = _boxes(RegionGrid(height, width, side), _ids(regions), top, left)
-    grad_image = _new_image(grad, window, dtype, channels_last, boxes)
-    gains = torch.tensor(gain, dtype=_inner(dtype), device="cpu")
-    eager.extract_backward(grad, boxes, gains, grad_image)
     return grad_image
 
 
@@ -357,7 +294,7 @@ def _extract_gradient(ctx, grad):  # type: ignore[no-untyped-def]
 extract_forward.register_autograd(_extract_gradient, setup_context=_extract_setup)
 
 
-@torch.library.custom_op("xt::stitch_regions_fwd", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("xt::stitch_regions_fwd", mutates_args=())
 def stitch_forward(
     features: torch.Tensor,
     regions: Sequence[int] | None,
@@ -373,26 +310,7 @@ def stitch_forward(
 ) -> torch.Tensor:
     """Tokens `[B, L, C]`, L = length; with `partial` zero where no region writes."""
     out = _new_tokens(features, length, dtype, partial)
-    _stitch_cuda(features, regions, chunk, RegionGrid(height, width, side), order, position, out)
-    return out
-
-
-@stitch_forward.register_kernel("cpu")
-def _(
-    features: torch.Tensor,
-    regions: Sequence[int] | None,
-    chunk: Sequence[int] | None,
-    length: int,
-    height: int,
-    width: int,
-    side: int,
-    order: str,
-    position: bool,
-    dtype: torch.dtype,
-    partial: bool,
-) -> torch.Tensor:
-    out = _new_tokens(features, length, dtype, partial)
-    _stitch_cpu(features, regions, chunk, RegionGrid(height, width, side), order, position, out)
+    _stitch(features, regions, chunk, RegionGrid(height, width, side), order, position, out)
     return out
 
 
@@ -413,7 +331,7 @@ def _(
     return _new_tokens(features, length, dtype, partial)
 
 
-@torch.library.custom_op("xt::stitch_regions_into", mutates_args=("out",), device_types="cuda")
+@torch.library.custom_op("xt::stitch_regions_into", mutates_args=("out",))
 def stitch_into(
     features: torch.Tensor,
     out: torch.Tensor,
@@ -426,22 +344,7 @@ def stitch_into(
     position: bool,
 ) -> None:
     """Writes into tokens `out` `[B, L, C]`."""
-    _stitch_cuda(features, regions, chunk, RegionGrid(height, width, side), order, position, out)
-
-
-@stitch_into.register_kernel("cpu")
-def _(
-    features: torch.Tensor,
-    out: torch.Tensor,
-    regions: Sequence[int] | None,
-    chunk: Sequence[int] | None,
-    height: int,
-    width: int,
-    side: int,
-    order: str,
-    position: bool,
-) -> None:
-    _stitch_cpu(features, regions, chunk, RegionGrid(height, width, side), order, position, out)
+    _stitch(features, regions, chunk, RegionGrid(height, width, side), order, position, out)
 
 
 @stitch_into.register_fake
@@ -466,7 +369,7 @@ def _new_tokens(
     return new((features.shape[0], length, features.shape[4]), dtype=dtype)
 
 
-def _stitch_cuda(
+def _stitch(
     features: torch.Tensor,
     regions: Sequence[int] | None,
     chunk: Sequence[int] | None,
@@ -475,28 +378,18 @@ def _stitch_cuda(
     position: bool,
     out: torch.Tensor,
 ) -> None:
+    table = _places(grid, _ids(regions), _ids(chunk), grid.region // features.shape[2], order)[0]
+    if not features.is_cuda:
+        eager.stitch_forward(features, table, position, out)
+        return
     from . import kernels
 
-    table = _places(grid, _ids(regions), _ids(chunk), grid.region // features.shape[2], order)[0]
     turns = _on(features, _turns(features.shape[4])) if position else None
     with torch.cuda.device(features.device):
         kernels.launch_stitch_forward(features, _on(features, table), turns, out)
 
 
-def _stitch_cpu(
-    features: torch.Tensor,
-    regions: Sequence[int] | None,
-    chunk: Sequence[int] | None,
-    grid: RegionGrid,
-    order: str,
-    position: bool,
-    out: torch.Tensor,
-) -> None:
-    table = _places(grid, _ids(regions), _ids(chunk), grid.region // features.shape[2], order)[0]
-    eager.stitch_forward(features, table, position, out)
-
-
-@torch.library.custom_op("xt::stitch_regions_bwd", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("xt::stitch_regions_bwd", mutates_args=())
 def stitch_backward(
     grad: torch.Tensor,
     regions: Sequence[int] | None,
@@ -511,34 +404,16 @@ def stitch_backward(
     channels_last: bool,
 ) -> torch.Tensor:
     """Gradient `[B, R, t, t, C]` of the features, R = count, t = tokens_a_side."""
+    grid = RegionGrid(height, width, side)
+    table = _places(grid, _ids(regions), _ids(chunk), side // tokens_a_side, order)[0]
+    out = _new_features(grad, count, tokens_a_side, dtype, channels_last)
+    if not grad.is_cuda:
+        eager.stitch_backward(grad, table, out)
+        return out
     from . import kernels
 
-    grid = RegionGrid(height, width, side)
-    table = _places(grid, _ids(regions), _ids(chunk), side // tokens_a_side, order)[0]
-    out = _new_features(grad, count, tokens_a_side, dtype, channels_last)
     with torch.cuda.device(grad.device):
         kernels.launch_stitch_backward(grad, _on(grad, table), out)
-    return out
-
-
-@stitch_backward.register_kernel("cpu")
-def _(
-    grad: torch.Tensor,
-    regions: Sequence[int] | None,
-    chunk: Sequence[int] | None,
-    count: int,
-    height: int,
-    width: int,
-    side: int,
-    order: str,
-    tokens_a_side: int,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> torch.Tensor:
-    grid = RegionGrid(height, width, side)
-    table = _places(grid, _ids(regions), _ids(chunk), side // tokens_a_side, order)[0]
-    out = _new_features(grad, count, tokens_a_side, dtype, channels_last)
-    eager.stitch_backward(grad, table, out)
     return out
 
 

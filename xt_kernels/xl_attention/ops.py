@@ -11,7 +11,7 @@ import torch
 from . import eager
 
 
-@torch.library.custom_op("xt::xl_attention_fwd", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("xt::xl_attention_fwd", mutates_args=())
 def forward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -22,23 +22,13 @@ def forward(
     is_causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out `[B, H, L, D]`, lse `[B, H, L]`); memory_key and memory_value come together."""
+    inputs = (query, key, value, memory_key, memory_value)
+    if not query.is_cuda:
+        return eager.forward(*inputs, scale, is_causal)
     from . import kernels
 
     with torch.cuda.device(query.device):
-        return kernels.launch_forward(query, key, value, memory_key, memory_value, scale, is_causal)
-
-
-@forward.register_kernel("cpu")
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    memory_key: torch.Tensor | None,
-    memory_value: torch.Tensor | None,
-    scale: float,
-    is_causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return eager.forward(query, key, value, memory_key, memory_value, scale, is_causal)
+        return kernels.launch_forward(*inputs, scale, is_causal)
 
 
 @forward.register_fake
@@ -55,7 +45,7 @@ def _(
     return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=wide)
 
 
-@torch.library.custom_op("xt::xl_attention_bwd", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("xt::xl_attention_bwd", mutates_args=())
 def backward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -71,54 +61,13 @@ def backward(
     needs_memory: bool,
 ) -> list[torch.Tensor]:
     """Gradients of query, key and value; of memory_key and memory_value too if needs_memory."""
+    inputs = (query, key, value, memory_key, memory_value, out, lse, grad_out, grad_lse)
+    if not query.is_cuda:
+        return eager.backward(*inputs, scale, is_causal, needs_memory)
     from . import kernels
 
     with torch.cuda.device(query.device):
-        return kernels.launch_backward(
-            query,
-            key,
-            value,
-            memory_key,
-            memory_value,
-            out,
-            lse,
-            grad_out,
-            grad_lse,
-            scale,
-            is_causal,
-            needs_memory,
-        )
-
-
-@backward.register_kernel("cpu")
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    memory_key: torch.Tensor | None,
-    memory_value: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    scale: float,
-    is_causal: bool,
-    needs_memory: bool,
-) -> list[torch.Tensor]:
-    return eager.backward(
-        query,
-        key,
-        value,
-        memory_key,
-        memory_value,
-        out,
-        lse,
-        grad_out,
-        grad_lse,
-        scale,
-        is_causal,
-        needs_memory,
-    )
+        return kernels.launch_backward(*inputs, scale, is_causal, needs_memory)
 
 
 @backward.register_fake
