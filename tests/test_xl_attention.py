@@ -590,7 +590,7 @@ class TestOffsetsPast2To31:
             kernels, "_like", lambda t: sparse(t.shape, STEPS, t.dtype), raising=True
         )
         monkeypatch.setattr(
-            kernels, "_row_values", lambda q: sparse(q.shape[:3], STEPS[:3], torch.float32)
+            kernels, "row_values", lambda q: sparse(q.shape[:3], STEPS[:3], torch.float32)
         )
         low, _ = inputs(self.shape, torch.float32)
         grads, _ = grads_of(self.shape, torch.float32)

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .mixers import Attention
+from .mixers import ATTENTIONS, Attention
 
-ATTENTIONS, MEMORIES = ("hyper", "exact"), ("hidden", "kv")
+MEMORIES = ("hidden", "kv")
 GRADIENTS = ("stop", "through", "truncated")
 
 
@@ -71,10 +71,12 @@ class GatedMLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual layer: RMSNorm, mixer, RMSNorm, gated MLP."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, causal: bool) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float, attention: str, causal: bool
+    ) -> None:
         super().__init__()
         self.norm1 = nn.RMSNorm(dim, eps=1e-5)
-        self.mixer = Attention(dim, num_heads, causal=causal)
+        self.mixer = Attention(dim, num_heads, attention=attention, causal=causal)
         self.norm2 = nn.RMSNorm(dim, eps=1e-5)
         self.mlp = GatedMLP(dim, int(dim * mlp_ratio))
 
@@ -98,7 +100,8 @@ class ContextEncoder(nn.Module):
     """Mixes context over a sequence of tokens: `tokens, memory = encoder(tokens, memory)`.
 
     dim: token width. depth: layers. num_heads: must divide dim. mlp_ratio: MLP width / dim.
-    attention: "exact", or "hyper", which is exact up to its `min_seq_len` and today beyond.
+    attention: "exact", or "hyper": exact up to 4096 keys, memory included, and HyperAttention in
+        O(L) beyond.
     memory: "hidden" remembers the hidden states and projects them with today's weights (the paper's
         equation); "kv" remembers keys and values, which saves the projection. While no gradient is
         recorded, "kv" overwrites the oldest chunk of the memory it is given and returns it.
@@ -148,7 +151,9 @@ class ContextEncoder(nn.Module):
         self.dim, self.num_heads, self.attention, self.memory = dim, num_heads, attention, memory
         self.memory_chunks = memory_chunks
         self.gradient, self.gradient_chunks = gradient, gradient_chunks
-        self.layers = nn.ModuleList(Block(dim, num_heads, mlp_ratio, causal) for _ in range(depth))
+        self.layers = nn.ModuleList(
+            Block(dim, num_heads, mlp_ratio, attention, causal) for _ in range(depth)
+        )
 
     _least_memory = 0
 

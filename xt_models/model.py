@@ -142,7 +142,7 @@ class XT(nn.Module, PyTorchModelHubMixin):
                 config.depth,
                 config.num_heads,
                 config.mlp_ratio,
-                attention="hyper" if config.context == "hyper" else "exact",
+                attention="exact" if config.context == "vit" else "hyper",
                 memory=config.memory,
                 memory_chunks=config.memory_chunks if config.context == "xl" else 0,
                 gradient=config.gradient,

@@ -29,7 +29,7 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 # take the same time within 4 %.
 _BLOCK_QUERIES, _BLOCK_KEYS = 256, 512
 # Columns that carry the gradient of lse; 8 keep rows of 16-bit numbers 16-byte aligned.
-_EXTRA = 8
+EXTRA = 8
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _positive(query: torch.Tensor, scale: float) -> tuple[torch.Tensor, float, int]:
+def positive(query: torch.Tensor, scale: float) -> tuple[torch.Tensor, float, int]:
     """(query * sign, scale > 0, sign): the CPU kernel scales scores that it has masked by -inf."""
     if scale > 0:
         return query, scale, 1
@@ -94,7 +94,7 @@ def forward(
         # The first queries see nothing.
         out.zero_()
         lse.fill_(float("-inf"))
-    query, scale, _ = _positive(_rows(query), scale)
+    query, scale, _ = positive(_rows(query), scale)
     for heads in _members(query, key):
         done = None
         for part in parts:
@@ -107,23 +107,22 @@ def forward(
                 done = part.first, part_out, part_lse
                 continue
             _, whole, whole_lse = done
-            done = 0, *_merged(whole.to(wide), whole_lse, part_out, part_lse, part.first)
+            whole = whole.to(wide)
+            seen = slice(part.first, None)
+            merge(whole[:, :, seen], whole_lse[:, :, seen], part_out, part_lse)
+            done = 0, whole, whole_lse
         if done is not None:
             out[:, heads, done[0] :] = done[1]
             lse[:, heads, done[0] :] = done[2]
     return out, lse
 
 
-def _merged(
-    out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor, first: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) of all keys so far, changed in place, with a part seen from query `first` on."""
-    rows, rows_lse = out[:, :, first:], lse[:, :, first:]
-    total = torch.logaddexp(rows_lse, part_lse)
-    rows.mul_((rows_lse - total).exp_()[..., None])
-    rows.addcmul_(part.to(out.dtype), (part_lse - total).exp_()[..., None])
-    rows_lse.copy_(total)
-    return out, lse
+def merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
+    """Makes (out, lse) those of their keys and a further part's, in place."""
+    total = torch.logaddexp(lse, part_lse)
+    out.mul_((lse - total).exp_()[..., None])
+    out.addcmul_(part.to(out.dtype), (part_lse - total).exp_()[..., None])
+    lse.copy_(total)
 
 
 def backward(
@@ -152,9 +151,9 @@ def backward(
     parts = _parts(query.shape[2], key.shape[2], num_memory, is_causal) if out.numel() else []
     head_dim = query.shape[3]
     out, grad_out = _rows(out), _rows(grad_out)
-    query, scale, sign = _positive(_rows(query), scale)
+    query, scale, sign = positive(_rows(query), scale)
     if grad_lse is not None:
-        query, out, grad_out = _with_lse_gradient(query, out, grad_out, grad_lse)
+        query, out, grad_out = with_lse_gradient(query, out, grad_out, grad_lse)
     for heads in _members(query, key):
         for part in parts:
             k, v = (memory_key, memory_value) if part.is_memory else (key, value)
@@ -162,7 +161,7 @@ def backward(
             keys, rows = slice(part.begin, part.end), slice(part.first, None)
             k, v = _rows(k[:, :, keys]), _rows(v[:, :, keys])
             if grad_lse is not None:
-                k, v = (torch.nn.functional.pad(t, (0, _EXTRA)) for t in (k, v))
+                k, v = (torch.nn.functional.pad(t, (0, EXTRA)) for t in (k, v))
             q, o, do, base = (t[:, heads, rows] for t in (query, out, grad_out, lse))
             if part.is_memory and not needs_memory and query.dtype == wide:
                 dq = _query_gradient(q, k, v, o, base, do, scale)
@@ -176,7 +175,7 @@ def backward(
     return [s.to(t.dtype) for s, t in zip(sums, inputs, strict=True)]
 
 
-def _with_lse_gradient(
+def with_lse_gradient(
     query: torch.Tensor, out: torch.Tensor, grad_out: torch.Tensor, grad_lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(query, out, grad_out) with columns that make D = dout . out - dlse.
@@ -184,13 +183,13 @@ def _with_lse_gradient(
     The kernel knows no gradient of lse. It is the same as a column -dlse in dout, 1 in out, and 0
     in query, key and value: D changes as it should, scores and dout . v do not.
     """
-    shift = torch.zeros((*grad_out.shape[:3], _EXTRA), dtype=grad_out.dtype, device="cpu")
+    shift = torch.zeros((*grad_out.shape[:3], EXTRA), dtype=grad_out.dtype, device="cpu")
     # Two columns, because 16 bits do not hold dlse.
     shift[..., 0] = -grad_lse
     shift[..., 1] = -grad_lse - shift[..., 0]
     ones = torch.zeros_like(shift)
     ones[..., :2] = 1
-    query = torch.nn.functional.pad(query, (0, _EXTRA))
+    query = torch.nn.functional.pad(query, (0, EXTRA))
     return query, torch.cat([out, ones], -1), torch.cat([grad_out, shift], -1)
 
 

@@ -16,36 +16,28 @@ gradient has one writer and nothing is atomic. Kept for backward: out and lse (f
 Scores and sums are fp32 (fp64 for fp64); p and ds are rounded to the inputs' dtype for products.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 
 from .._aot import ARCHS, AotCase
+from .._attention import (
+    LN2,
+    LOG2E,
+    MAX_REGISTERS,
+    Config,
+    columns,
+    configs,
+    head_of,
+    launch_options,
+    online_softmax,
+    row_values,
+    scale_of,
+    scale_parts,
+)
 from .._tiles import offset, split
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-
-
-@dataclass(frozen=True)
-class Config:
-    """Launch sizes: BLOCK_M queries by BLOCK_N keys a tile.
-
-    block_c: columns of the head dim that the query kernel takes at a time for products of rows.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    block_c: int = 256
-
-
-# All that a thread can have: without the number ptxas spills a few for more threads at a time.
-MAX_REGISTERS = 255
 
 # Chosen by reading the code that comes out (no spills, shared memory within sm_80's limit), not yet
 # by measurement: the first of each is shipped. Keyed by the head dim up to which they hold.
@@ -135,12 +127,6 @@ KEY = {
 
 
 @triton.jit
-def _head(ptr, pid_b, pid_h, strides):
-    """Pointer to the first row of a head."""
-    return ptr + offset(pid_b, strides[0]) + offset(pid_h, strides[1])
-
-
-@triton.jit
 def _places(tile, offs_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Pointers `[rows, len(offs_d)]` of a tile and their mask.
 
@@ -190,12 +176,6 @@ def _products(
 
 
 @triton.jit
-def _scale(parts, ACC: tl.constexpr):
-    """The scale from two fp32 parts: a kernel gets Python floats in fp32, fp64 needs both."""
-    return tl.cast(parts[0], ACC) + tl.cast(parts[1], ACC)
-
-
-@triton.jit
 def _visible(offs_m, offs_n, length, shift, IS_CAUSAL: tl.constexpr):
     """[queries, keys] that take part: keys inside `length`, and none in the future if causal."""
     mask = offs_n[None, :] < length
@@ -220,15 +200,9 @@ def _attend(
         if MASKED:
             seen = _visible(offs_m, first + offs_n, length, shift, IS_CAUSAL)
             score = tl.where(seen, score, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(score, 1))
-        # A row with every key masked has new_max = -inf; subtracting it from itself is NaN.
-        base = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
-        p = tl.exp2(score - base[:, None])
-        decay = tl.exp2(row_max - base)
-        row_sum = row_sum * decay + tl.sum(p, 1)
-        acc = acc * decay[:, None]
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION, out_dtype=ACC)
-        row_max = new_max
+        acc, row_max, row_sum = online_softmax(
+            acc, row_max, row_sum, score, v, MASKED, PRECISION, ACC
+        )
     return acc, row_max, row_sum
 
 
@@ -254,17 +228,17 @@ def _xl_attention_fwd_kernel(
     offs_m = first + row
     offs_d = tl.arange(0, BLOCK_D)
     mask_m = offs_m < len_q
-    scale_log2 = _scale(scale_parts, ACC) * LOG2E
+    scale_log2 = scale_of(scale_parts, ACC) * LOG2E
 
-    q_base = _head(q_ptr, pid_b, pid_h, q_strides)
+    q_base = head_of(q_ptr, pid_b, pid_h, q_strides)
     q = _load((q_base, first, q_strides[2:], row, mask_m), offs_d, HEAD_DIM, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     row_max = tl.full([BLOCK_M], float("-inf"), ACC)
     row_sum = tl.zeros([BLOCK_M], ACC)
 
     if HAS_MEMORY:
-        mk_base = _head(mk_ptr, pid_b, pid_g, mk_strides)
-        mv_base = _head(mv_ptr, pid_b, pid_g, mv_strides)
+        mk_base = head_of(mk_ptr, pid_b, pid_g, mk_strides)
+        mv_base = head_of(mv_ptr, pid_b, pid_g, mv_strides)
         whole = len_m // BLOCK_N * BLOCK_N
         acc, row_max, row_sum = _attend(
             acc, row_max, row_sum, q, mk_base, mv_base, mk_strides[2:], mv_strides[2:], 0, whole,
@@ -277,8 +251,8 @@ def _xl_attention_fwd_kernel(
             PRECISION, ACC,
         )  # fmt: skip
 
-    k_base = _head(k_ptr, pid_b, pid_g, k_strides)
-    v_base = _head(v_ptr, pid_b, pid_g, v_strides)
+    k_base = head_of(k_ptr, pid_b, pid_g, k_strides)
+    v_base = head_of(v_ptr, pid_b, pid_g, v_strides)
     shift = len_k - len_q
     whole, last = len_k, len_k
     if IS_CAUSAL:  # keys that the first row sees, and those that the last one does
@@ -299,10 +273,10 @@ def _xl_attention_fwd_kernel(
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
     lse = (row_max + tl.log2(row_sum)) * LN2
     lse = tl.where(row_sum == 0.0, float("-inf"), lse)
-    out_base = _head(out_ptr, pid_b, pid_h, out_strides)
+    out_base = head_of(out_ptr, pid_b, pid_h, out_strides)
     out_tile = (out_base, first, out_strides[2:], row, mask_m)
     _store(out_tile, acc, offs_d, HEAD_DIM, BLOCK_D)
-    lse_ptrs = _head(lse_ptr, pid_b, pid_h, lse_strides) + offset(offs_m, lse_strides[2])
+    lse_ptrs = head_of(lse_ptr, pid_b, pid_h, lse_strides) + offset(offs_m, lse_strides[2])
     tl.store(lse_ptrs, lse, mask=mask_m)
 
 
@@ -357,23 +331,23 @@ def _xl_attention_bwd_query_kernel(
     offs_m = first + row
     offs_d = tl.arange(0, BLOCK_D)
     mask_m = offs_m < len_q
-    scale = _scale(scale_parts, ACC)
+    scale = scale_of(scale_parts, ACC)
     scale_log2 = scale * LOG2E
 
-    q_base = _head(q_ptr, pid_b, pid_h, q_strides)
-    out_base = _head(out_ptr, pid_b, pid_h, out_strides)
-    do_base = _head(do_ptr, pid_b, pid_h, do_strides)
+    q_base = head_of(q_ptr, pid_b, pid_h, q_strides)
+    out_base = head_of(out_ptr, pid_b, pid_h, out_strides)
+    do_base = head_of(do_ptr, pid_b, pid_h, do_strides)
     do_tile = (do_base, first, do_strides[2:], row, mask_m)
     do = _load(do_tile, offs_d, HEAD_DIM, BLOCK_D)
     out_tile = (out_base, first, out_strides[2:], row, mask_m)
     out = _load(out_tile, offs_d, HEAD_DIM, BLOCK_D)
     delta = tl.sum(do.to(ACC) * out.to(ACC), 1)
     if HAS_DLSE:
-        dlse_ptrs = _head(dlse_ptr, pid_b, pid_h, dlse_strides) + offset(offs_m, dlse_strides[2])
+        dlse_ptrs = head_of(dlse_ptr, pid_b, pid_h, dlse_strides) + offset(offs_m, dlse_strides[2])
         delta -= tl.load(dlse_ptrs, mask=mask_m, other=0.0)
-    delta_ptrs = _head(delta_ptr, pid_b, pid_h, lse_strides) + offset(offs_m, lse_strides[2])
+    delta_ptrs = head_of(delta_ptr, pid_b, pid_h, lse_strides) + offset(offs_m, lse_strides[2])
     tl.store(delta_ptrs, delta, mask=mask_m)
-    lse_ptrs = _head(lse_ptr, pid_b, pid_h, lse_strides) + offset(offs_m, lse_strides[2])
+    lse_ptrs = head_of(lse_ptr, pid_b, pid_h, lse_strides) + offset(offs_m, lse_strides[2])
     lse_log2 = tl.load(lse_ptrs, mask=mask_m, other=0.0) * LOG2E
     # A row without keys has lse = -inf and no p but 0.
     lse_log2 = tl.where(lse_log2 == float("-inf"), 0.0, lse_log2)
@@ -382,8 +356,8 @@ def _xl_attention_bwd_query_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
 
     if HAS_MEMORY:
-        mk_base = _head(mk_ptr, pid_b, pid_g, mk_strides)
-        mv_base = _head(mv_ptr, pid_b, pid_g, mv_strides)
+        mk_base = head_of(mk_ptr, pid_b, pid_g, mk_strides)
+        mv_base = head_of(mv_ptr, pid_b, pid_g, mv_strides)
         whole = len_m // BLOCK_N * BLOCK_N
         dq = _attend_bwd(
             dq, q, do, q_tile, do_tile, lse_log2, delta, mk_base, mv_base, mk_strides[2:],
@@ -396,8 +370,8 @@ def _xl_attention_bwd_query_kernel(
             BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, BLOCK_C, PRECISION, ACC,
         )  # fmt: skip
 
-    k_base = _head(k_ptr, pid_b, pid_g, k_strides)
-    v_base = _head(v_ptr, pid_b, pid_g, v_strides)
+    k_base = head_of(k_ptr, pid_b, pid_g, k_strides)
+    v_base = head_of(v_ptr, pid_b, pid_g, v_strides)
     shift = len_k - len_q
     whole, last = len_k, len_k
     if IS_CAUSAL:
@@ -416,7 +390,7 @@ def _xl_attention_bwd_query_kernel(
     )  # fmt: skip
 
     dq = dq * scale
-    dq_base = _head(dq_ptr, pid_b, pid_h, dq_strides)
+    dq_base = head_of(dq_ptr, pid_b, pid_h, dq_strides)
     _store((dq_base, first, dq_strides[2:], row, mask_m), dq, offs_d, HEAD_DIM, BLOCK_D)
 
 
@@ -469,12 +443,12 @@ def _xl_attention_bwd_key_kernel(
     offs_n = first + row
     offs_d = tl.arange(0, BLOCK_D)
     mask_n = offs_n < len_k
-    scale = _scale(scale_parts, ACC)
+    scale = scale_of(scale_parts, ACC)
     scale_log2 = scale * LOG2E
     shift = len_k - len_q
 
-    k_base = _head(k_ptr, pid_b, pid_g, k_strides)
-    v_base = _head(v_ptr, pid_b, pid_g, v_strides)
+    k_base = head_of(k_ptr, pid_b, pid_g, k_strides)
+    v_base = head_of(v_ptr, pid_b, pid_g, v_strides)
     dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     dv = tl.zeros([BLOCK_N, BLOCK_D], ACC)
 
@@ -486,82 +460,27 @@ def _xl_attention_bwd_key_kernel(
         k = _load((k_base, first, k_strides[2:], row, mask_n), offs_d, HEAD_DIM, BLOCK_D)
         v = _load((v_base, first, v_strides[2:], row, mask_n), offs_d, HEAD_DIM, BLOCK_D)
         pid_h = pid_g * group + member
-        q_base = _head(q_ptr, pid_b, pid_h, q_strides)
-        do_base = _head(do_ptr, pid_b, pid_h, do_strides)
-        lse_base = _head(lse_ptr, pid_b, pid_h, lse_strides)
-        delta_base = _head(delta_ptr, pid_b, pid_h, lse_strides)
+        q_base = head_of(q_ptr, pid_b, pid_h, q_strides)
+        do_base = head_of(do_ptr, pid_b, pid_h, do_strides)
+        lse_base = head_of(lse_ptr, pid_b, pid_h, lse_strides)
+        delta_base = head_of(delta_ptr, pid_b, pid_h, lse_strides)
         dk, dv = _collect(
             dk, dv, k, v, q_base, do_base, lse_base, delta_base, q_strides[2:], do_strides[2:],
             lse_strides[2], begin, len_q, scale_log2, offs_n, offs_d, shift, IS_CAUSAL, BLOCK_M,
             HEAD_DIM, BLOCK_D, PRECISION, ACC,
         )  # fmt: skip
 
-    dk_base = _head(dk_ptr, pid_b, pid_g, dk_strides)
-    dv_base = _head(dv_ptr, pid_b, pid_g, dv_strides)
+    dk_base = head_of(dk_ptr, pid_b, pid_g, dk_strides)
+    dv_base = head_of(dv_ptr, pid_b, pid_g, dv_strides)
     dk_tile = (dk_base, first, dk_strides[2:], row, mask_n)
     dv_tile = (dv_base, first, dv_strides[2:], row, mask_n)
     _store(dk_tile, dk * scale, offs_d, HEAD_DIM, BLOCK_D)
     _store(dv_tile, dv, offs_d, HEAD_DIM, BLOCK_D)
 
 
-def configs(table: dict, tensors: Sequence[torch.Tensor]) -> tuple[Config, ...]:
-    """The configs of a table that fit these tensors, the shipped one first."""
-    device = tensors[0].device
-    old = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9
-    kind = "any"
-    if all(_in_pieces(t) for t in tensors):
-        kind = "ampere" if old else "fast"
-    if tensors[0].dtype.itemsize > 2:
-        kind = "wide" if _precision(tensors[0]) == "ieee" else "tf32"
-    return next(found for most, found in table[kind].items() if tensors[0].shape[-1] <= most)
-
-
-def _in_pieces(tensor: torch.Tensor) -> bool:
-    """Whether the compiler knows that rows start at multiples of 16 bytes and have no gaps."""
-    *steps, last = tensor.stride()
-    return last == 1 and tensor.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in steps)
-
-
-def _precision(tensor: torch.Tensor) -> str:
-    if tensor.dtype != torch.float32 or tensor.shape[-1] > max(FORWARD["tf32"]):
-        return "ieee"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def _parts(scale: float) -> tuple[float, float]:
-    """The scale as a sum of two fp32 numbers."""
-    high = torch.tensor(scale, dtype=torch.float32).item()
-    return high, scale - high
-
-
-def _columns(head_dim: int, config: Config) -> int:
-    return min(config.block_c, triton.next_power_of_2(head_dim))
-
-
-def _common(query: torch.Tensor, scale: float, config: Config) -> dict:
-    head_dim = query.shape[-1]
-    return {
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": triton.next_power_of_2(head_dim),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "PRECISION": _precision(query),
-        "ACC": tl.float64 if query.dtype == torch.float64 else tl.float32,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        "maxnreg": MAX_REGISTERS,
-    }
-
-
 # Results, in functions of their own so that a test can put them elsewhere.
 def _like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor)
-
-
-def _row_values(query: torch.Tensor) -> torch.Tensor:
-    """`[B, H, L]` for lse and D, whose strides the kernels take to be equal."""
-    wide = torch.promote_types(query.dtype, torch.float32)
-    return torch.empty(query.shape[:3], dtype=wide, device=query.device)
 
 
 def launch_forward(
@@ -576,7 +495,7 @@ def launch_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out `[B, H, L, D]`, lse `[B, H, L]`)."""
     batch, heads, length, _ = query.shape
-    out, lse = _like(query), _row_values(query)
+    out, lse = _like(query), row_values(query)
     has_memory = memory_key is not None and memory_key.shape[2] > 0
     mk, mv = (memory_key, memory_value) if has_memory else (key, value)
     config = config or configs(FORWARD, (query, key, value, mk, mv, out))[0]
@@ -585,9 +504,9 @@ def launch_forward(
         _xl_attention_fwd_kernel[(programs,)](
             query, key, value, mk, mv, out, lse,
             query.stride(), key.stride(), value.stride(), mk.stride(), mv.stride(), out.stride(),
-            lse.stride(), _parts(scale), heads, heads // key.shape[1], length, key.shape[2],
+            lse.stride(), scale_parts(scale), heads, heads // key.shape[1], length, key.shape[2],
             mk.shape[2],
-            IS_CAUSAL=is_causal, HAS_MEMORY=has_memory, **_common(query, scale, config),
+            IS_CAUSAL=is_causal, HAS_MEMORY=has_memory, **launch_options(query, config),
         )  # fmt: skip
     return out, lse
 
@@ -611,7 +530,7 @@ def launch_backward(
     """[dq, dk, dv], and dmk, dmv behind them if needs_memory."""
     batch, heads, length, _ = query.shape
     key_heads, group = key.shape[1], heads // key.shape[1]
-    dq, delta = _like(query), _row_values(query)
+    dq, delta = _like(query), row_values(query)
     dlse = lse if grad_lse is None else grad_lse
     has_memory = memory_key is not None and memory_key.shape[2] > 0
     mk, mv = (memory_key, memory_value) if has_memory else (key, value)
@@ -623,10 +542,10 @@ def launch_backward(
             query, key, value, mk, mv, out, grad_out, lse, dlse, dq, delta,
             query.stride(), key.stride(), value.stride(), mk.stride(), mv.stride(), out.stride(),
             grad_out.stride(), dq.stride(), lse.stride(), dlse.stride(),
-            _parts(scale), heads, group, length, key.shape[2], mk.shape[2],
+            scale_parts(scale), heads, group, length, key.shape[2], mk.shape[2],
             IS_CAUSAL=is_causal, HAS_MEMORY=has_memory, HAS_DLSE=grad_lse is not None,
-            BLOCK_C=_columns(query.shape[-1], query_config),
-            **_common(query, scale, query_config),
+            BLOCK_C=columns(query.shape[-1], query_config),
+            **launch_options(query, query_config),
         )  # fmt: skip
 
     def keys(k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -637,8 +556,8 @@ def launch_backward(
             _xl_attention_bwd_key_kernel[(programs,)](
                 query, k, v, grad_out, lse, delta, dk, dv,
                 query.stride(), k.stride(), v.stride(), grad_out.stride(), dk.stride(), dv.stride(),
-                lse.stride(), _parts(scale), key_heads, group, length, k.shape[2],
-                IS_CAUSAL=causal, **_common(query, scale, config),
+                lse.stride(), scale_parts(scale), key_heads, group, length, k.shape[2],
+                IS_CAUSAL=causal, **launch_options(query, config),
             )  # fmt: skip
         return dk, dv
 
@@ -707,7 +626,7 @@ def aot_cases() -> Iterator[AotCase]:
                 "PRECISION": "tf32" if dtype == "tf32" else "ieee",
                 "ACC": tl.float32,
                 **flags[form],
-                **({"BLOCK_C": _columns(head_dim, config)} if form == "dq" else {}),
+                **({"BLOCK_C": columns(head_dim, config)} if form == "dq" else {}),
             },
             num_warps=config.num_warps,
             num_stages=config.num_stages,

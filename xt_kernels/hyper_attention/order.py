@@ -1,0 +1,415 @@
+# mypy: ignore-errors
+"""Triton form of a plan: hash, count, scan, place. No sort, and 18 bytes a token of scratch.
+
+    planes   P_h = C P for each head: the centre and covariance of up to 1024 keys, one program each
+    hash     bucket of each token (one byte), and how many of each bucket a tile of 256 tokens has
+    scan     where the tokens of (tile, bucket) begin in their segment's order
+    order    each token's place, begin + rank among its equals in the tile; and the windows
+
+Planes and hashes are computed in fp32: products of 16-bit numbers are exact there. The last two are
+launched once a level, on the hashes and counts that all levels share: segments begin at tiles.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+
+from .._aot import AotCase
+from .._attention import head_of, key_places
+from .._tiles import offset, split
+from .plan import (
+    QUERY_BLOCK,
+    SAMPLED_TOKENS,
+    TILE,
+    Choices,
+    Spec,
+    empty_choices,
+    levels,
+    with_residual_keys,
+)
+
+# Columns of planes: what a dot takes at least.
+PLANES = tl.constexpr(16)
+TILE_ = tl.constexpr(TILE)
+
+
+@triton.jit
+def _spread(offs, count, length):
+    """Place of evenly spaced token `offs` of `count`; 64-bit, as the product needs."""
+    return tl.cast(offs, tl.int64) * length // count
+
+
+@triton.jit
+def _hyper_planes_kernel(
+    q_ptr, k_ptr, mk_ptr, random_ptr, planes_ptr, threshold_ptr,
+    q_strides, k_strides, mk_strides, random_strides, num_heads, group, len_q, len_k, len_m, bits,
+    SAMPLED: tl.constexpr, HAS_MEMORY: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """A plane of a head, a column of `[D, 16]`, and its thresholds for queries and keys `[2, 16]`.
+
+    Each program finds the centre again: sharing it would take a launch more.
+    """
+    pid_bh, pid_p = split(tl.program_id(0), bits)
+    pid_b, pid_h = split(pid_bh, num_heads)
+    pid_g = pid_h // group
+    offs_d, row = tl.arange(0, BLOCK_D), tl.arange(0, ROWS)
+    mask_d = offs_d < HEAD_DIM
+    total = len_m + len_k
+    count = tl.minimum(total, SAMPLED)
+    k_base = head_of(k_ptr, pid_b, pid_g, k_strides)
+    mk_base = head_of(mk_ptr, pid_b, pid_g, mk_strides)
+    q_base = head_of(q_ptr, pid_b, pid_h, q_strides)
+
+    centre = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(0, count, ROWS):
+        mask = (first + row < count)[:, None] & mask_d[None, :]
+        index = _spread(first + row, count, total)
+        ptrs = key_places(k_base, mk_base, k_strides, mk_strides, index, len_m, offs_d, HAS_MEMORY)
+        centre += tl.sum(tl.load(ptrs, mask=mask, other=0.0).to(tl.float32), 0)
+    centre = centre / count
+    q_count = tl.minimum(len_q, SAMPLED)
+    q_centre = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(0, q_count, ROWS):
+        mask = (first + row < q_count)[:, None] & mask_d[None, :]
+        index = _spread(first + row, q_count, len_q)
+        ptrs = q_base + offset(index, q_strides[2])[:, None]
+        ptrs += offset(offs_d, q_strides[3])[None, :]
+        q_centre += tl.sum(tl.load(ptrs, mask=mask, other=0.0).to(tl.float32), 0)
+    q_centre = q_centre / q_count
+
+    random_ptrs = random_ptr + offset(pid_g, random_strides[0]) + offset(pid_p, random_strides[2])
+    random = tl.load(random_ptrs + offset(offs_d, random_strides[1]), mask=mask_d, other=0.0)
+    plane = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(0, count, ROWS):
+        mask = (first + row < count)[:, None] & mask_d[None, :]
+        index = _spread(first + row, count, total)
+        ptrs = key_places(k_base, mk_base, k_strides, mk_strides, index, len_m, offs_d, HAS_MEMORY)
+        keys = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+        keys = tl.where(mask, keys - centre[None, :], 0.0)
+        side = tl.sum(keys * random[None, :], 1)
+        plane += tl.sum(keys * side[:, None], 0)
+
+    length = tl.sqrt(tl.sum(plane * plane, 0))
+    # A constant sequence has no covariance; any plane does.
+    plane = tl.where(length > 0.0, plane, random)
+    plane = plane / tl.sqrt(tl.sum(plane * plane, 0))
+    plane = plane.to(planes_ptr.dtype.element_ty)
+    place = offset(pid_bh, BLOCK_D * PLANES) + offs_d * PLANES + pid_p
+    tl.store(planes_ptr + place, plane)
+    rounded = plane.to(tl.float32)
+    threshold_ptrs = threshold_ptr + offset(pid_bh, 2 * PLANES) + pid_p
+    tl.store(threshold_ptrs, tl.sum(rounded * q_centre, 0))
+    tl.store(threshold_ptrs + PLANES, tl.sum(rounded * centre, 0))
+
+
+@triton.jit
+def _tile_begin(tile, first_tiles, cut, length):
+    """(first token, end) of a tile of a sequence that is cut in two runs at `cut`."""
+    early = tile < first_tiles
+    begin = tl.where(early, tile * TILE_, cut + (tile - first_tiles) * TILE_)
+    return begin, tl.where(early, cut, length)
+
+
+@triton.jit
+def _hyper_hash_kernel(
+    q_ptr, k_ptr, mk_ptr, planes_ptr, threshold_ptr, q_code_ptr, k_code_ptr, q_count_ptr,
+    k_count_ptr, q_strides, k_strides, mk_strides, num_heads, group, len_q, len_k, len_m,
+    q_tiles, k_tiles, q_cut, k_cut, q_first_tiles, k_first_tiles, q_programs, bits,
+    BUCKETS: tl.constexpr, HAS_MEMORY: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Buckets of a tile of one head's queries, or keys, and how many tokens each bucket has."""
+    pid = tl.program_id(0)
+    is_key = pid >= q_programs
+    tiles = tl.where(is_key, k_tiles, q_tiles)
+    pid_bh, tile = split(tl.where(is_key, pid - q_programs, pid), tiles)
+    heads = tl.where(is_key, num_heads // group, num_heads)
+    pid_b, pid_h = split(pid_bh, heads)
+    # The group's keys are hashed with the planes of its first query head: all have the same.
+    head = pid_b * num_heads + tl.where(is_key, pid_h * group, pid_h)
+    length = tl.where(is_key, len_m + len_k, len_q)
+    begin, end = _tile_begin(
+        tile,
+        tl.where(is_key, k_first_tiles, q_first_tiles),
+        tl.where(is_key, k_cut, q_cut),
+        length,
+    )
+    offs_d, offs_p, row = tl.arange(0, BLOCK_D), tl.arange(0, PLANES), tl.arange(0, ROWS)
+    mask_d = offs_d < HEAD_DIM
+    place = offset(head, BLOCK_D * PLANES) + offs_d[:, None] * PLANES + offs_p[None, :]
+    mask_p = offs_p < bits
+    planes = tl.load(planes_ptr + place, mask=mask_p[None, :], other=0.0)
+    side = tl.where(is_key, PLANES, 0)
+    threshold = tl.load(
+        threshold_ptr + offset(head, 2 * PLANES) + side + offs_p, mask=mask_p, other=0.0
+    )
+    counts = tl.zeros([BUCKETS], tl.int32)
+    q_base = head_of(q_ptr, pid_b, pid_h, q_strides)
+    k_base = head_of(k_ptr, pid_b, pid_h, k_strides)
+    mk_base = head_of(mk_ptr, pid_b, pid_h, mk_strides)
+    for first in range(0, TILE_, ROWS):
+        index = begin + first + row
+        mask = index < end
+        q_rows = q_base + offset(index, q_strides[2])[:, None]
+        q_rows += offset(offs_d, q_strides[3])[None, :]
+        k_rows = key_places(
+            k_base, mk_base, k_strides, mk_strides, index, len_m, offs_d, HAS_MEMORY
+        )
+        ptrs = tl.where(is_key, k_rows, q_rows)
+        x = tl.load(ptrs, mask=mask[:, None] & mask_d[None, :], other=0.0)
+        sides = tl.dot(x, planes, input_precision="ieee")
+        signs = ((sides > threshold[None, :]) & mask_p[None, :]).to(tl.int32)
+        code = tl.sum(signs << offs_p[None, :], 1)
+        # Rank along the Gray code.
+        code = code ^ (code >> 1)
+        code = code ^ (code >> 2)
+        code = code ^ (code >> 4)
+        out = tl.where(is_key, k_code_ptr, q_code_ptr) + offset(pid_bh, length) + index
+        tl.store(out, code.to(tl.uint8), mask=mask)
+        counts += tl.histogram(code, BUCKETS, mask=mask)
+    count_ptrs = tl.where(is_key, k_count_ptr, q_count_ptr) + offset(pid_bh * tiles + tile, BUCKETS)
+    tl.store(count_ptrs + tl.arange(0, BUCKETS), counts)
+
+
+@triton.jit
+def _hyper_scan_kernel(
+    q_count_ptr, k_count_ptr, q_base_ptr, k_base_ptr, q_begin_ptr, k_begin_ptr, q_tiles, k_tiles,
+    segments, q_first, k_first, tile_step, q_length, k_length, q_programs,
+    BUCKETS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Where (tile, bucket) begins in its segment's order `[tiles, buckets]`, and each bucket.
+
+    Buckets begin at `[buckets + 1]` places, the last being the segment's length.
+    """
+    pid = tl.program_id(0)
+    is_key = pid >= q_programs
+    pid_bh, segment = split(tl.where(is_key, pid - q_programs, pid), segments)
+    tiles = tl.where(is_key, k_tiles, q_tiles)
+    first = tl.where(is_key, k_first, q_first) + segment * tile_step
+    last = tl.minimum(first + tl.where(is_key, k_length, q_length), tiles)
+    offs_b, row = tl.arange(0, BUCKETS), tl.arange(0, ROWS)
+    head = offset(pid_bh, 1) * tiles * BUCKETS
+    counts = tl.where(is_key, k_count_ptr, q_count_ptr) + head
+    bases = tl.where(is_key, k_base_ptr, q_base_ptr) + head
+    total = tl.zeros([BUCKETS], tl.int32)
+    for tile in range(first, last, ROWS):
+        place = (tile + row)[:, None] * BUCKETS + offs_b[None, :]
+        mask = (tile + row < last)[:, None]
+        total += tl.sum(tl.load(counts + place, mask=mask, other=0), 0)
+    begin = tl.cumsum(total, 0) - total
+    begin_ptrs = tl.where(is_key, k_begin_ptr, q_begin_ptr)
+    begin_ptrs += offset(pid_bh * segments + segment, BUCKETS + 1)
+    tl.store(begin_ptrs + offs_b, begin)
+    tl.store(begin_ptrs + BUCKETS, tl.sum(total, 0))
+    for tile in range(first, last, ROWS):
+        place = (tile + row)[:, None] * BUCKETS + offs_b[None, :]
+        mask = (tile + row < last)[:, None]
+        count = tl.load(counts + place, mask=mask, other=0)
+        tl.store(bases + place, begin[None, :] + tl.cumsum(count, 0) - count, mask=mask)
+        begin += tl.sum(count, 0)
+
+
+@triton.jit
+def _hyper_order_kernel(
+    q_code_ptr, k_code_ptr, q_base_ptr, k_base_ptr, q_begin_ptr, k_begin_ptr, q_order_ptr,
+    k_order_ptr, start_ptr, num_heads, group, len_q, total_k, q_tiles, k_tiles, q_cut, k_cut,
+    q_first_tiles, k_first_tiles, segments, step, q_begin, q_end, num_queries, num_keys, width,
+    num_blocks, q_first, k_first, tile_step, q_length, k_length, q_row, k_row, start_row,
+    q_programs,
+    BUCKETS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Places the tokens of a tile in the order of its segment; the windows of its query blocks."""
+    pid = tl.program_id(0)
+    is_key = pid >= q_programs
+    per_segment = tl.where(is_key, num_keys, num_queries)
+    pid_tile = tl.where(is_key, pid - q_programs, pid)
+    pid_bhs, tile = split(pid_tile, tl.where(is_key, k_length, q_length))
+    pid_bh, segment = split(pid_bhs, segments)
+    tiles = tl.where(is_key, k_tiles, q_tiles)
+    own = tl.where(is_key, k_first, q_first) + segment * tile_step + tile
+    length = tl.where(is_key, total_k, len_q)
+    begin, end = _tile_begin(
+        own, tl.where(is_key, k_first_tiles, q_first_tiles), tl.where(is_key, k_cut, q_cut), length
+    )
+    offs = tl.arange(0, TILE_)
+    index = begin + offs
+    # The last segment of queries may end early; its tiles past the last one hold nothing.
+    mask = (index < end) & (own < tiles)
+    codes = tl.where(is_key, k_code_ptr, q_code_ptr) + offset(pid_bh, length)
+    code = tl.load(codes + index, mask=mask, other=0).to(tl.int32)
+    rank = tl.zeros([TILE_], tl.int32)
+    part = tl.arange(0, PART)
+    for first in range(0, TILE_, PART):
+        # Tokens past the end come last, so they are before none.
+        other = tl.load(codes + begin + first + part, mask=begin + first + part < end, other=0)
+        equal = code[:, None] == other.to(tl.int32)[None, :]
+        rank += tl.sum((equal & ((first + part)[None, :] < offs[:, None])).to(tl.int32), 1)
+    bases = tl.where(is_key, k_base_ptr, q_base_ptr) + offset(pid_bh * tiles + own, BUCKETS)
+    place = tl.load(bases + code, mask=mask, other=0) + rank
+    orders = tl.where(is_key, k_order_ptr, q_order_ptr)
+    orders += offset(pid_bh, tl.where(is_key, k_row, q_row)) + offset(segment, per_segment)
+    tl.store(orders + place, index, mask=mask)
+
+    if not is_key:
+        block = tile * (TILE_ // BLOCK) + tl.arange(0, TILE_ // BLOCK)
+        first = q_begin + segment * step
+        count = tl.minimum(first + num_queries, q_end) - first
+        middle = tl.minimum(block * BLOCK + BLOCK // 2, count - 1)
+        q_begins = q_begin_ptr + offset(pid_bhs, BUCKETS + 1)
+        pid_b, pid_h = split(pid_bh, num_heads)
+        pid_bg = pid_b * (num_heads // group) + pid_h // group
+        k_begins = k_begin_ptr + offset(pid_bg * segments + segment, BUCKETS + 1)
+        offs_b = tl.arange(0, BUCKETS)
+        ends = tl.load(q_begins + 1 + offs_b)
+        bucket = tl.sum((ends[None, :] <= middle[:, None]).to(tl.int32), 1)
+        q_from = tl.load(q_begins + bucket)
+        q_count = tl.load(q_begins + bucket + 1) - q_from
+        k_from = tl.load(k_begins + bucket)
+        k_count = tl.load(k_begins + bucket + 1) - k_from
+        # 64-bit: both factors may be the length of the sequence.
+        ahead = tl.cast(middle - q_from, tl.int64) * k_count // q_count
+        start = k_from + ahead.to(tl.int32) - width // 2
+        start = tl.minimum(tl.maximum(start, 0), num_keys - width)
+        starts = start_ptr + offset(pid_bh, start_row) + segment * num_blocks
+        tl.store(starts + block, start, mask=block < num_blocks)
+
+
+def launch_choices(
+    spec: Spec,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    memory_key: torch.Tensor | None,
+    projections: torch.Tensor,
+    seed: int,
+) -> Choices:
+    """A plan's tensors, as `plan.eager_choices` makes them."""
+    batch, heads, len_q, head_dim = query.shape
+    groups, len_k = key.shape[1:3]
+    has_memory = memory_key is not None and memory_key.shape[2] > 0
+    len_m = memory_key.shape[2] if has_memory else 0
+    choices = empty_choices(spec, query, key, len_m, seed)
+    hyper = [level for level in levels(spec, len_q, len_k, len_m) if not level.is_exact]
+    if spec.window == "tile" or not hyper or not choices.window_start.numel():
+        return choices
+    mk = memory_key if has_memory else key
+    bits = projections.shape[2]
+    buckets = 2**bits
+    block_d = triton.next_power_of_2(head_dim)
+    common = {"HAS_MEMORY": has_memory, "HEAD_DIM": head_dim, "BLOCK_D": block_d}
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=query.device)
+
+    planes = empty(batch, heads, block_d, PLANES.value, dtype=query.dtype)
+    threshold = empty(batch, heads, 2, PLANES.value, dtype=torch.float32)
+    _hyper_planes_kernel[(batch * heads * bits,)](
+        query, key, mk, projections, planes, threshold,
+        query.stride(), key.stride(), mk.stride(), projections.stride(), heads, heads // groups,
+        len_q, len_k, len_m, bits,
+        SAMPLED=SAMPLED_TOKENS, ROWS=2048 // block_d, **common, num_warps=8,
+    )  # fmt: skip
+
+    # Two runs each: what comes before the causal square, and the square.
+    square = min(len_q, len_k) if spec.is_causal else max(len_q, len_m + len_k)
+    cuts = max(len_q - square, 0), max(len_m + len_k - square, 0)
+    firsts = [triton.cdiv(cut, TILE) for cut in cuts]
+    q_tiles = firsts[0] + triton.cdiv(len_q - cuts[0], TILE)
+    k_tiles = firsts[1] + triton.cdiv(len_m + len_k - cuts[1], TILE)
+    q_code = empty(batch, heads, len_q, dtype=torch.uint8)
+    k_code = empty(batch, groups, len_m + len_k, dtype=torch.uint8)
+    q_count, k_count = empty(batch, heads, q_tiles, buckets), empty(batch, groups, k_tiles, buckets)
+    q_programs, k_programs = batch * heads * q_tiles, batch * groups * k_tiles
+    _hyper_hash_kernel[(q_programs + k_programs,)](
+        query, key, mk, planes, threshold, q_code, k_code, q_count, k_count,
+        query.stride(), key.stride(), mk.stride(), heads, heads // groups, len_q, len_k, len_m,
+        q_tiles, k_tiles, *cuts, *firsts, q_programs, bits,
+        BUCKETS=buckets, ROWS=rows_at_a_time(query.dtype, block_d), **common,
+        num_warps=hash_warps(block_d),
+    )  # fmt: skip
+
+    q_base, k_base = empty(*q_count.shape), empty(*k_count.shape)
+    for level in hyper:
+        # A segment of the causal square begins at a tile of the second run; others at the first.
+        q_first = firsts[0] + (level.q_begin - cuts[0]) // TILE if level.step else 0
+        k_first = firsts[1] + (level.k_begin - cuts[1]) // TILE if level.step else 0
+        tile_step = level.step // TILE
+        q_length = triton.cdiv(level.num_queries, TILE) if level.step else q_tiles
+        k_length = triton.cdiv(level.num_keys, TILE) if level.step or spec.is_causal else k_tiles
+        q_begin = empty(batch, heads, level.segments, buckets + 1)
+        k_begin = empty(batch, groups, level.segments, buckets + 1)
+        q_programs, k_programs = (batch * n * level.segments for n in (heads, groups))
+        _hyper_scan_kernel[(q_programs + k_programs,)](
+            q_count, k_count, q_base, k_base, q_begin, k_begin, q_tiles, k_tiles,
+            level.segments, q_first, k_first, tile_step, q_length, k_length, q_programs,
+            BUCKETS=buckets, ROWS=32, num_warps=4,
+        )  # fmt: skip
+        q_order = choices.query_order[:, :, level.q_offset :]
+        k_order = choices.key_order[:, :, level.k_offset :]
+        starts = choices.window_start[:, :, level.block_offset :]
+        order_rows = [t.stride(1) for t in (q_order, k_order, starts)]
+        q_programs, k_programs = q_programs * q_length, k_programs * k_length
+        _hyper_order_kernel[(q_programs + k_programs,)](
+            q_code, k_code, q_base, k_base, q_begin, k_begin, q_order, k_order, starts,
+            heads, heads // groups, len_q, len_m + len_k, q_tiles, k_tiles, *cuts, *firsts,
+            level.segments, level.step, level.q_begin, level.q_end, level.num_queries,
+            level.num_keys, level.width, level.num_blocks, q_first, k_first, tile_step,
+            q_length, k_length, *order_rows, q_programs,
+            BUCKETS=buckets, BLOCK=QUERY_BLOCK, PART=32, num_warps=8,
+        )  # fmt: skip
+    return with_residual_keys(choices, hyper)
+
+
+def hash_warps(block_d: int) -> int:
+    """Warps of the hash, of which wide rows take more."""
+    return 8 if block_d > 128 else 4
+
+
+def rows_at_a_time(dtype: torch.dtype, block_d: int) -> int:
+    """Rows of a tile that fit in registers beside the planes."""
+    return max(16, 2048 // block_d * 2 // dtype.itemsize)
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """What the launcher compiles, with memory and 7 bits."""
+    types = {
+        **dict.fromkeys(("q_ptr", "k_ptr", "mk_ptr", "planes_ptr")),
+        **dict.fromkeys(("random_ptr", "threshold_ptr"), "*fp32"),
+        **dict.fromkeys(("q_code_ptr", "k_code_ptr"), "*u8"),
+    }
+
+    def case(name: str, kernel, dtype: str, constants: dict, warps: int) -> AotCase:
+        signature = {}
+        for argument in kernel.arg_names:
+            if argument.endswith("_ptr"):
+                signature[argument] = types.get(argument, "*i32") or f"*{dtype}"
+            elif argument == "random_strides":
+                signature[argument] = ("i32", "i32", 1)
+            elif argument.endswith("_strides"):
+                signature[argument] = ("i64", "i64", "i32", 1)
+            elif argument not in constants:
+                signature[argument] = "i32"
+        return AotCase(name, kernel, signature, constants, warps, 3)
+
+    for dtype in ("bf16", "fp32"):
+        for head_dim in (64, 128, 256):
+            rows = rows_at_a_time(torch.bfloat16 if dtype == "bf16" else torch.float32, head_dim)
+            common = {"HAS_MEMORY": True, "HEAD_DIM": head_dim, "BLOCK_D": head_dim, "ROWS": rows}
+            name = f"{dtype}-d{head_dim}"
+            planes = {"SAMPLED": SAMPLED_TOKENS, **common, "ROWS": 2048 // head_dim}
+            yield case(f"planes-{name}", _hyper_planes_kernel, dtype, planes, 8)
+            hashed = case(
+                f"hash-{name}",
+                _hyper_hash_kernel,
+                dtype,
+                {"BUCKETS": 128, **common},
+                hash_warps(head_dim),
+            )
+            yield replace(hashed, has_dots=dtype == "bf16")
+    yield case("scan", _hyper_scan_kernel, "", {"BUCKETS": 128, "ROWS": 32}, 4)
+    yield case(
+        "order", _hyper_order_kernel, "", {"BUCKETS": 128, "BLOCK": QUERY_BLOCK, "PART": 32}, 8
+    )
