@@ -80,16 +80,22 @@ def agree(ours, eager):
         torch.testing.assert_close(a, b, atol=2e-2 if DTYPE == torch.bfloat16 else 1e-5, rtol=1e-2)
 
 
+def a_channel(values):
+    """`[C, 1, 1]`."""
+    return torch.tensor(values, device=DEVICE)[:, None, None]
+
+
+GAIN = a_channel([1 / 255 / s for s in NORM["std"]])
+BIAS = a_channel([-m / s for m, s in zip(NORM["mean"], NORM["std"], strict=True)])
+
+
 def cut_eagerly(image, dtype):
     """Regions `[R, C, s, s]` of `[C, h, w]` by views: pad and order bytes, cast, scale, cast."""
     side, rows, cols = GRID.region, GRID.rows, GRID.cols
     padding = (0, cols * side - image.shape[2], 0, rows * side - image.shape[1])
-    gain = torch.tensor([1 / 255 / s for s in NORM["std"]])[:, None, None].to(DEVICE)
-    bias = [-m / s for m, s in zip(NORM["mean"], NORM["std"], strict=True)]
     padded = torch.nn.functional.pad(image, padding) if any(padding) else image.contiguous()
     blocks = padded.unflatten(2, (cols, side)).unflatten(1, (rows, side)).permute(1, 3, 0, 2, 4)
-    out = blocks.to(torch.float32, memory_format=torch.contiguous_format).mul_(gain)
-    out.add_(torch.tensor(bias)[:, None, None].to(DEVICE))
+    out = blocks.to(torch.float32, memory_format=torch.contiguous_format).mul_(GAIN).add_(BIAS)
     if any(padding):
         # Zero after normalisation, as ours.
         inside = torch.ones(1, *image.shape[1:], dtype=torch.bool, device=DEVICE)
@@ -119,21 +125,27 @@ def test_extract(benchmark, layout):
     compare(benchmark, ours, eager, image.numel() + out.numel() * out.element_size())
 
 
+def backward_of(form, inputs, grad):
+    """Gradients of what `form()` gives, as a call that can be repeated."""
+    out = form()
+    return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
+
+
 def test_extract_backward(benchmark):
     image = torch.randn(3, 1024, 1024, device=DEVICE, dtype=DTYPE, requires_grad=True)
     grid = RegionGrid(1024, 1024, 256)
-    cut = xk.extract_regions(image, grid, std=NORM["std"], dtype=DTYPE)
-    grad = torch.randn_like(cut)
-    gain = torch.tensor([1 / s for s in NORM["std"]], device=DEVICE, dtype=DTYPE)[:, None, None]
+    gain = (1 / a_channel(NORM["std"])).to(DTYPE)
+    grad = torch.randn(16, 3, 256, 256, device=DEVICE, dtype=DTYPE)
 
-    def ours():
-        return torch.autograd.grad(cut, image, grad, retain_graph=True)[0]
+    def cut():
+        return xk.extract_regions(image, grid, std=NORM["std"], dtype=DTYPE)
 
-    def eager():
-        blocks = (grad * gain).view(4, 4, 3, 256, 256).permute(2, 0, 3, 1, 4)
-        return blocks.reshape(3, 1024, 1024)
+    def cut_by_views():
+        blocks = image.view(3, 4, 256, 4, 256).permute(1, 3, 0, 2, 4)
+        return (blocks * gain).reshape(16, 3, 256, 256)
 
-    agree(ours(), eager())
+    ours, eager = (backward_of(form, [image], grad) for form in (cut, cut_by_views))
+    agree(ours()[0], eager()[0])
     compare(benchmark, ours, eager, 2 * grad.numel() * grad.element_size())
 
 
@@ -168,27 +180,24 @@ def test_stitch(benchmark, layout):
         return xk.stitch_regions(maps, grid, channels_last=True, out=buffer)
 
     def eager():
-        blocks = maps.view(grid.rows, grid.cols, 8, 8, CHANNELS).permute(0, 2, 1, 3, 4)
-        return blocks.reshape(-1, CHANNELS) + table
+        return stitch_by_views(maps, grid) + table
 
     agree(ours(), eager())
     compare(benchmark, ours, eager, 2 * maps.numel() * maps.element_size())
 
 
+def stitch_by_views(maps, grid):
+    blocks = maps.view(grid.rows, grid.cols, 8, 8, CHANNELS).permute(0, 2, 1, 3, 4)
+    return blocks.reshape(-1, CHANNELS)
+
+
 def test_stitch_backward(benchmark):
     grid, maps = token_maps("rows")
     maps.requires_grad_()
-    tokens = xk.stitch_regions(maps, grid, channels_last=True)
-    grad = torch.randn_like(tokens)
-
-    def ours():
-        return torch.autograd.grad(tokens, maps, grad, retain_graph=True)[0]
-
-    def eager():
-        blocks = grad.view(grid.rows, 8, grid.cols, 8, CHANNELS).permute(0, 2, 1, 3, 4)
-        return blocks.reshape(maps.shape)
-
-    agree(ours(), eager())
+    grad = torch.randn(maps.numel() // CHANNELS, CHANNELS, device=DEVICE, dtype=DTYPE)
+    ours = backward_of(lambda: xk.stitch_regions(maps, grid, channels_last=True), [maps], grad)
+    eager = backward_of(lambda: stitch_by_views(maps, grid), [maps], grad)
+    agree(ours()[0], eager()[0])
     compare(benchmark, ours, eager, 2 * maps.numel() * maps.element_size())
 
 
@@ -232,18 +241,11 @@ def test_xl_attention(benchmark, head_dim):
 def test_xl_attention_backward(benchmark, head_dim, memory):
     tensors = attention_inputs(head_dim, memory != "detached")
     wanted = [t for t in tensors if t.requires_grad]
-    outs = {f: f(*tensors) for f in (xk.xl_attention, attend_eagerly)}
     grad = torch.randn_like(tensors[0])
-
-    def backward(form):
-        return torch.autograd.grad(outs[form], wanted, grad, retain_graph=True)
-
-    def ours():
-        return backward(xk.xl_attention)
-
-    def eager():
-        return backward(attend_eagerly)
-
+    ours, eager = (
+        backward_of(lambda form=form: form(*tensors), wanted, grad)
+        for form in (xk.xl_attention, attend_eagerly)
+    )
     for a, b in zip(ours(), eager(), strict=True):
         agree(a, b)
     compare(benchmark, ours, eager)

@@ -94,7 +94,7 @@ def extract_regions(
             dtype or torch.float32,
             memory_format == torch.channels_last,
         )
-        return new if batched else new[0]
+        return new if batched else new.squeeze(0)
     count = grid.num_regions if ids is None else len(ids)
     sizes = [count, channels, grid.region, grid.region]
     sizes = [window.shape[0], *sizes] if batched else sizes
@@ -181,7 +181,7 @@ def stitch_regions(
         new: torch.Tensor = ops.stitch_forward(
             maps, ids, members, length, *geometry, dtype, partial
         )
-        return new if batched else new[0]
+        return new if batched else new.squeeze(0)
 
     sizes = [batch, length, channels] if batched else [length, channels]
     _check_out(op, out, "[B, L, C]" if batched else "[L, C]", sizes, dtype, features, "features")

@@ -225,8 +225,7 @@ def extract_backward(
     boxes = _boxes(grid, _ids(regions), top, left)
     grad_image = _new_image(grad, window, dtype, channels_last, boxes)
     if not grad.is_cuda:
-        gains = torch.tensor(gain, dtype=_inner(dtype), device="cpu")
-        eager.extract_backward(grad, boxes, gains, grad_image)
+        eager.extract_backward(grad, boxes, _constants(tuple(gain), _inner(dtype)), grad_image)
         return grad_image
     from . import kernels
 
@@ -258,6 +257,12 @@ def _(
     return _new_image(grad, window, dtype, channels_last, None)
 
 
+@lru_cache(maxsize=64)
+def _area(boxes: torch.Tensor) -> int:
+    """Pixels in all boxes."""
+    return int((boxes[:, 2] * boxes[:, 3]).sum())
+
+
 def _new_image(
     grad: torch.Tensor,
     window: Sequence[int],
@@ -268,7 +273,7 @@ def _new_image(
     """Zeros `[B, C, h, w]`, or uninitialised where distinct boxes cover the window."""
     batch, channels = grad.shape[0], grad.shape[2]
     height, width = window
-    covered = boxes is None or int((boxes[:, 2] * boxes[:, 3]).sum()) == height * width
+    covered = boxes is None or _area(boxes) == height * width
     new = grad.new_empty if covered else grad.new_zeros
     if channels_last:
         return new((batch, height, width, channels), dtype=dtype).movedim(-1, 1)
