@@ -1,83 +1,30 @@
-"""The kernels against the best eager form, in one process.
+"""The kernels against the best eager form, in one process, in turns (see `measure.compare`).
 
     pytest bench/bench_kernels.py --benchmark-only
 
-An answer is checked before it is timed. `extra_info` holds the time of the eager form measured in
-turns with ours, their ratio, and on a GPU the ratio to a copy of as many bytes (`floor_ratio`: 1 is
-the bandwidth of a copy). Sizes are small on a CPU and full on a GPU.
+Sizes are small on a CPU and full on a GPU.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
+from baselines import EXACT_ATTENTION, available, published_hyper_attention
+from inputs import clustered
+from measure import DEVICE, DTYPE, HAS_GPU, compare, full_only
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 import xt_kernels as xk
 from xt_kernels import RegionGrid
 
-HAS_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if HAS_GPU else "cpu"
-# Low precision where the GPU is meant to be used so; CPUs are measured in fp32.
-DTYPE = torch.bfloat16 if HAS_GPU else torch.float32
-GRID = RegionGrid(29_000, 25_000, 256) if HAS_GPU else RegionGrid(1024, 1024, 256)
+SIZES = [(29_000, 25_000)] if HAS_GPU else [(256, 256), (1024, 1024), (2048, 2048)]
+GRIDS = {grid.num_regions: grid for grid in (RegionGrid(*size, 256) for size in SIZES)}
 CHANNELS = 768
 NORM = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """Time of one call, which on a GPU has finished."""
-    if not HAS_GPU:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    # A full queue, so that the launch is not what is measured.
-    torch.cuda._sleep(2_000_000)
-    first.record()
-    run()
-    last.record()
-    torch.cuda.synchronize()
-    return first.elapsed_time(last) / 1000
-
-
-def compare(benchmark, ours, eager, num_bytes=None, rounds=15):
-    """Times both in turns and notes the medians; the benchmark's own table shows ours."""
-    ours(), eager()
-    times: dict[str, list[float]] = {"ours": [], "eager": [], "copy": []}
-    source = target = None
-    if HAS_GPU and num_bytes:
-        # A copy reads and writes: half of the bytes each way.
-        source = torch.zeros(num_bytes // 2, dtype=torch.uint8, device=DEVICE)
-        target = torch.empty_like(source)
-    for _ in range(rounds):
-        times["ours"].append(seconds(ours))
-        times["eager"].append(seconds(eager))
-        if source is not None:
-            times["copy"].append(seconds(lambda: target.copy_(source)))
-    medians = {name: statistics.median(values) for name, values in times.items() if values}
-    benchmark.extra_info["seconds"] = medians
-    benchmark.extra_info["eager_over_ours"] = medians["eager"] / medians["ours"]
-    if "copy" in medians:
-        benchmark.extra_info["floor_ratio"] = medians["copy"] / medians["ours"]
-
-    def finished():
-        ours()
-        if HAS_GPU:
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(finished, rounds=rounds, warmup_rounds=1)
-
-
-def agree(ours, eager):
-    """The two answers are equal to the precision of their dtype; few at a time, to save memory."""
-    step = max(1, 2**26 // max(1, ours[0].numel()))
-    for first in range(0, len(ours), step):
-        a, b = (x[first : first + step].float() for x in (ours, eager))
-        torch.testing.assert_close(a, b, atol=2e-2 if DTYPE == torch.bfloat16 else 1e-5, rtol=1e-2)
+COUNTS = list(GRIDS)
+regions = pytest.mark.parametrize("regions", [*COUNTS[:2], *full_only(*COUNTS[2:])])
 
 
 def a_channel(values):
@@ -89,40 +36,39 @@ GAIN = a_channel([1 / 255 / s for s in NORM["std"]])
 BIAS = a_channel([-m / s for m, s in zip(NORM["mean"], NORM["std"], strict=True)])
 
 
-def cut_eagerly(image, dtype):
-    """Regions `[R, C, s, s]` of `[C, h, w]` by views: pad and order bytes, cast, scale, cast."""
-    side, rows, cols = GRID.region, GRID.rows, GRID.cols
+def cut_by_views(image, grid):
+    """Regions `[R, C, s, s]` of `[C, h, w]`: pad and order bytes, cast, scale, cast."""
+    side, rows, cols = grid.region, grid.rows, grid.cols
     padding = (0, cols * side - image.shape[2], 0, rows * side - image.shape[1])
-    padded = torch.nn.functional.pad(image, padding) if any(padding) else image.contiguous()
+    padded = pad(image, padding) if any(padding) else image.contiguous()
     blocks = padded.unflatten(2, (cols, side)).unflatten(1, (rows, side)).permute(1, 3, 0, 2, 4)
     out = blocks.to(torch.float32, memory_format=torch.contiguous_format).mul_(GAIN).add_(BIAS)
     if any(padding):
         # Zero after normalisation, as ours.
         inside = torch.ones(1, *image.shape[1:], dtype=torch.bool, device=DEVICE)
-        inside = torch.nn.functional.pad(inside, padding)
-        inside = inside.unflatten(2, (cols, side)).unflatten(1, (rows, side))
+        inside = pad(inside, padding).unflatten(2, (cols, side)).unflatten(1, (rows, side))
         out.mul_(inside.permute(1, 3, 0, 2, 4))
-    return out.to(dtype).view(-1, 3, side, side)
+    return out.to(DTYPE).view(-1, 3, side, side)
 
 
+@regions
 @pytest.mark.parametrize("layout", ["planes", "pixels"])
-def test_extract(benchmark, layout):
-    shape = (3, GRID.height, GRID.width)
-    image = torch.randint(256, shape, dtype=torch.uint8, device=DEVICE)
+def test_extract(benchmark, layout, regions):
+    grid = GRIDS[regions]
+    image = torch.randint(256, (3, grid.height, grid.width), dtype=torch.uint8, device=DEVICE)
     last = layout == "pixels"
     if last:
         image = image.permute(1, 2, 0).contiguous()
     planes = image.permute(2, 0, 1) if last else image
 
     def ours():
-        return xk.extract_regions(image, GRID, channels_last=last, dtype=DTYPE, **NORM)
+        return xk.extract_regions(image, grid, channels_last=last, dtype=DTYPE, **NORM)
 
-    def eager():
-        return cut_eagerly(planes, DTYPE)
-
-    out = ours()
-    agree(out, eager())
-    compare(benchmark, ours, eager, image.numel() + out.numel() * out.element_size())
+    num_bytes = image.numel() + regions * 3 * 256**2 * DTYPE.itemsize
+    compare(
+        benchmark, ours, {"views": lambda: cut_by_views(planes, grid)}, num_bytes,
+        op="extract_regions", variant=layout, regions=regions, units=(regions, "regions"),
+    )  # fmt: skip
 
 
 def backward_of(form, inputs, grad):
@@ -131,33 +77,39 @@ def backward_of(form, inputs, grad):
     return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
 
 
-def test_extract_backward(benchmark):
-    image = torch.randn(3, 1024, 1024, device=DEVICE, dtype=DTYPE, requires_grad=True)
-    grid = RegionGrid(1024, 1024, 256)
+@regions
+def test_extract_backward(benchmark, regions):
+    # Whole regions, as many a side as the square root tells.
+    side = min(round(regions**0.5), 8)
+    grid = RegionGrid(side * 256, side * 256, 256)
+    shape = (3, grid.height, grid.width)
+    image = torch.randn(shape, device=DEVICE, dtype=DTYPE, requires_grad=True)
     gain = (1 / a_channel(NORM["std"])).to(DTYPE)
-    grad = torch.randn(16, 3, 256, 256, device=DEVICE, dtype=DTYPE)
+    grad = torch.randn(grid.num_regions, 3, 256, 256, device=DEVICE, dtype=DTYPE)
 
     def cut():
         return xk.extract_regions(image, grid, std=NORM["std"], dtype=DTYPE)
 
-    def cut_by_views():
-        blocks = image.view(3, 4, 256, 4, 256).permute(1, 3, 0, 2, 4)
-        return (blocks * gain).reshape(16, 3, 256, 256)
+    def views():
+        blocks = image.view(3, side, 256, side, 256).permute(1, 3, 0, 2, 4)
+        return (blocks * gain).reshape(-1, 3, 256, 256)
 
-    ours, eager = (backward_of(form, [image], grad) for form in (cut, cut_by_views))
-    agree(ours()[0], eager()[0])
-    compare(benchmark, ours, eager, 2 * grad.numel() * grad.element_size())
+    ours, eager = (backward_of(form, [image], grad) for form in (cut, views))
+    compare(
+        benchmark, ours, {"views": eager}, 2 * grad.numel() * grad.element_size(),
+        op="extract_regions", variant="backward", regions=grid.num_regions,
+        units=(grid.num_regions, "regions"),
+    )  # fmt: skip
 
 
-def token_maps(layout):
+def token_maps(layout, regions):
     """Features `[R, 8, 8, C]`, whole regions only for the eager form's sake."""
-    rows, cols = GRID.height // 256, GRID.width // 256
+    rows, cols = (n // 256 for n in (GRIDS[regions].height, GRIDS[regions].width))
     grid = RegionGrid(rows * 256, cols * 256, 256)
-    shape = (rows * cols, 8, 8, CHANNELS)
     if layout == "rows":
-        return grid, torch.randn(shape, device=DEVICE, dtype=DTYPE)
-    shape = (rows * cols, CHANNELS, 8, 8)
-    return grid, torch.randn(shape, device=DEVICE, dtype=DTYPE).permute(0, 2, 3, 1)
+        return grid, torch.randn(rows * cols, 8, 8, CHANNELS, device=DEVICE, dtype=DTYPE)
+    maps = torch.randn(rows * cols, CHANNELS, 8, 8, device=DEVICE, dtype=DTYPE)
+    return grid, maps.permute(0, 2, 3, 1)
 
 
 def position_table(grid):
@@ -170,82 +122,110 @@ def position_table(grid):
     return table.view(-1, CHANNELS)
 
 
-@pytest.mark.parametrize("layout", ["rows", "planes"])
-def test_stitch(benchmark, layout):
-    grid, maps = token_maps(layout)
-    table = position_table(grid)
-    buffer = torch.empty_like(table)
-
-    def ours():
-        return xk.stitch_regions(maps, grid, channels_last=True, out=buffer)
-
-    def eager():
-        return stitch_by_views(maps, grid) + table
-
-    agree(ours(), eager())
-    compare(benchmark, ours, eager, 2 * maps.numel() * maps.element_size())
-
-
 def stitch_by_views(maps, grid):
     blocks = maps.view(grid.rows, grid.cols, 8, 8, CHANNELS).permute(0, 2, 1, 3, 4)
     return blocks.reshape(-1, CHANNELS)
 
 
-def test_stitch_backward(benchmark):
-    grid, maps = token_maps("rows")
+@regions
+@pytest.mark.parametrize("layout", ["rows", "planes"])
+def test_stitch(benchmark, layout, regions):
+    grid, maps = token_maps(layout, regions)
+    table = position_table(grid)
+    num_bytes = 2 * maps.numel() * maps.element_size()
+    compare(
+        benchmark,
+        lambda: xk.stitch_regions(maps, grid, channels_last=True),
+        {"views and a table": lambda: stitch_by_views(maps, grid) + table},
+        num_bytes, op="stitch_regions", variant=layout, regions=grid.num_regions,
+        units=(grid.num_regions, "regions"),
+    )  # fmt: skip
+
+
+@regions
+def test_stitch_backward(benchmark, regions):
+    grid, maps = token_maps("rows", regions)
     maps.requires_grad_()
     grad = torch.randn(maps.numel() // CHANNELS, CHANNELS, device=DEVICE, dtype=DTYPE)
     ours = backward_of(lambda: xk.stitch_regions(maps, grid, channels_last=True), [maps], grad)
     eager = backward_of(lambda: stitch_by_views(maps, grid), [maps], grad)
-    agree(ours()[0], eager()[0])
-    compare(benchmark, ours, eager, 2 * maps.numel() * maps.element_size())
+    compare(
+        benchmark, ours, {"views": eager}, 2 * maps.numel() * maps.element_size(),
+        op="stitch_regions", variant="backward", regions=grid.num_regions,
+        units=(grid.num_regions, "regions"),
+    )  # fmt: skip
 
 
-LENGTH, MEMORY = (16_384, 16_384) if HAS_GPU else (1024, 1024)
+LONG = [16_384, *full_only(131_072)] if HAS_GPU else [4096, *full_only(16_384)]
+LENGTHS = [16_384, *full_only(131_072)] if HAS_GPU else [1024, *full_only(4096)]
 
 
-def attention_inputs(head_dim, memory_gradient):
-    """(query, key, value, memory_key, memory_value) of 768 channels."""
-    sizes = [LENGTH, LENGTH, LENGTH, MEMORY, MEMORY]
-    wanted = [True, True, True, memory_gradient, memory_gradient]
+def attention_inputs(length, head_dim, memory_gradient):
+    """(query, key, value, memory_key, memory_value) of 768 channels, as many of memory."""
+    shape = (1, 768 // head_dim, length, head_dim)
     return [
-        torch.randn(1, 768 // head_dim, size, head_dim, device=DEVICE, dtype=DTYPE).requires_grad_(
-            w
-        )
-        for size, w in zip(sizes, wanted, strict=True)
+        torch.randn(shape, device=DEVICE, dtype=DTYPE).requires_grad_(wanted)
+        for wanted in (True, True, True, memory_gradient, memory_gradient)
     ]
 
 
 def attend_eagerly(query, key, value, memory_key, memory_value):
     """PyTorch's attention after the concatenation."""
     keys, values = torch.cat([memory_key, key], 2), torch.cat([memory_value, value], 2)
-    return torch.nn.functional.scaled_dot_product_attention(query, keys, values)
+    return scaled_dot_product_attention(query, keys, values)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_xl_attention(benchmark, head_dim):
-    tensors = [t.detach() for t in attention_inputs(head_dim, False)]
-
-    def ours():
-        return xk.xl_attention(*tensors)
-
-    def eager():
-        return attend_eagerly(*tensors)
-
-    agree(ours(), eager())
-    compare(benchmark, ours, eager)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_xl_attention(benchmark, length, head_dim):
+    tensors = [t.detach() for t in attention_inputs(length, head_dim, False)]
+    compare(
+        benchmark, lambda: xk.xl_attention(*tensors),
+        {"sdpa after a concat": lambda: attend_eagerly(*tensors)},
+        flops=4 * 768 * length * 2 * length, op="xl_attention",
+        variant=f"forward, head dim {head_dim}", length=length, units=(length, "tokens"),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("memory", ["detached", "with gradient"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_xl_attention_backward(benchmark, head_dim, memory):
-    tensors = attention_inputs(head_dim, memory != "detached")
+    length = LENGTHS[0]
+    tensors = attention_inputs(length, head_dim, memory != "detached")
     wanted = [t for t in tensors if t.requires_grad]
     grad = torch.randn_like(tensors[0])
     ours, eager = (
         backward_of(lambda form=form: form(*tensors), wanted, grad)
         for form in (xk.xl_attention, attend_eagerly)
     )
-    for a, b in zip(ours(), eager(), strict=True):
-        agree(a, b)
-    compare(benchmark, ours, eager)
+    compare(
+        benchmark, ours, {"sdpa after a concat": eager}, op="xl_attention",
+        variant=f"backward, head dim {head_dim}, memory {memory}", length=length,
+        units=(length, "tokens"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["all keys", "causal"])
+@pytest.mark.parametrize(
+    "length", [16_384, *full_only(131_072)] if HAS_GPU else [4096, *full_only(16_384)]
+)
+def test_attention_baselines(benchmark, request, length, is_causal):
+    """What an approximation must beat: exact attention, and HyperAttention as published, whose
+    error is that on clustered inputs."""
+    tensors = [t.to(DEVICE, DTYPE) for t in clustered((1, 12, length, 64))]
+    wanted, skipped = dict(EXACT_ATTENTION), {}
+    if not (HAS_GPU or request.config.getoption("--full")):
+        wanted.pop("flex_attention")
+        skipped["flex_attention"] = "half a minute to compile on a CPU: with --full only"
+    forms, absent = available(wanted, *tensors, is_causal=is_causal)
+    max_error = dict.fromkeys(forms, 1e-2) | {"hyper, published": 0.6}
+    forms["hyper, published"] = published_hyper_attention
+    runs = {name: partial(form, *tensors, is_causal=is_causal) for name, form in forms.items()}
+    exact = runs.pop("sdpa")
+    compare(
+        benchmark, exact, runs, first="sdpa", truth=exact(), max_error=max_error,
+        absent=absent | skipped,
+        flops=4 * 768 * length * length / (2 if is_causal else 1), op="attention",
+        variant="causal" if is_causal else "all keys", length=length, units=(length, "tokens"),
+        rounds=5,
+    )  # fmt: skip

@@ -151,6 +151,7 @@ def child_benches(notes: Notes, file: Path, dry: bool) -> None:
     arguments = [*pytest_arguments(file), "--benchmark-only"]
     if dry:
         arguments += ["--benchmark-max-time=0.01", "--benchmark-min-rounds=1"]
+        os.environ["XT_BENCH_MEMORY"] = "off"  # on a CPU a process for each bench
     finish(pytest.main(arguments, plugins=[Numbers(notes)]))
 
 

@@ -1,0 +1,36 @@
+"""Options of the benches, and the machine in their JSON."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from xt_models.host import keep_memory_flat
+
+if os.environ.get("XT_BENCH_MEMORY", "off") != "off":
+    # Before torch loads: what is freed must not hide what is taken.
+    keep_memory_flat()
+
+import measure
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="all sizes, however long they take")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: runs with --full only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--full"):
+        return
+    for item in items:
+        if item.get_closest_marker("full"):
+            item.add_marker(pytest.mark.skip(reason="--full was not given"))
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]):
+    machine_info.clear()
+    machine_info |= measure.machine()

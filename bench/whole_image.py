@@ -1,0 +1,127 @@
+"""One model on one image in a process of its own: time, peak memory above the model, as JSON.
+
+    python bench/whole_image.py --form "xt xl" --side 1024 --mode inference
+
+Forms: "xt CONTEXT" streams the image as `xt embed` does; "regions" is the region encoder alone, on
+batches of regions; "naive" and "naive, window grown" are the same Swin on the whole image, its
+window kept or grown with the image (side / 16, as in the paper). A training step is forward and
+backward of the mean square of all tokens. Weights are random, and the same for all forms.
+"""
+
+from __future__ import annotations
+
+from xt_models.host import current_rss, keep_memory_flat, peak_rss, reset_peak_rss
+
+keep_memory_flat()  # before torch loads
+
+# ruff: noqa: E402
+import argparse
+import json
+import time
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from baselines import whole_image_swin
+from measure import DEVICE, HAS_GPU, spread
+
+import xt_models as xm
+from xt_kernels import RegionGrid
+from xt_models.registry import RandomWeightsWarning
+
+BATCH = 16  # regions at once
+
+
+def build(form: str, encoder: str, side: int) -> tuple[Any, Any]:
+    """(the model whose memory counts, the XT model that knows how to cut and normalise)."""
+    context = form.removeprefix("xt ") if form.startswith("xt ") else "none"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RandomWeightsWarning)
+        model = xm.create_model(encoder, context=None if context == "none" else context)
+    for module in model.region_encoder.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            # Some are zero at first in SwinV2: its blocks would pass their input on.
+            torch.nn.init.ones_(module.weight)
+    model = model.to(DEVICE)
+    if not form.startswith("naive"):
+        return model, model
+    whole = whole_image_swin(model.region_encoder, side, grow_window=form.endswith("grown"))
+    return whole.to(DEVICE), model
+
+
+def make_step(form: str, mode: str, net: Any, model: Any, pixels: np.ndarray) -> Any:
+    """A call that does the work once and gives the tokens `[L, C]` of the last stage."""
+    side = pixels.shape[0]
+    grid = model.grid(side, side)
+    image = torch.from_numpy(pixels).movedim(-1, 0)
+
+    def regions() -> torch.Tensor:
+        cut = model.extract(image.to(DEVICE), grid)
+        return torch.cat([model.region_encoder(batch).flatten(0, 2) for batch in cut.split(BATCH)])
+
+    def naive() -> torch.Tensor:
+        whole = model.extract(image.to(DEVICE), RegionGrid(side, side, side))
+        return net(whole)[-1].flatten(0, 2)
+
+    def train() -> torch.Tensor:
+        net.zero_grad(set_to_none=True)
+        tokens = net(image.to(DEVICE)).tokens[0] if form.startswith("xt ") else plain()
+        tokens.square().mean().backward()
+        return tokens.detach()
+
+    def infer() -> torch.Tensor:
+        with torch.inference_mode():
+            return plain()
+
+    def stream() -> torch.Tensor:
+        with xm.open_image(pixels) as source:
+            return torch.cat([c.tokens for c in xm.stream_chunks(model, source, batch_size=BATCH)])
+
+    plain = naive if form.startswith("naive") else regions
+    if mode == "training":
+        return train
+    return stream if form.startswith("xt ") else infer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--form", required=True)
+    parser.add_argument("--encoder", default="swinv2_tiny")
+    parser.add_argument("--side", type=int, required=True, help="of the square image, pixels")
+    parser.add_argument("--mode", choices=["inference", "training"], default="inference")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=60, help="no new round after these")
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    net, model = build(args.form, args.encoder, args.side)
+    pixels = np.random.default_rng(0).integers(0, 256, (args.side, args.side, 3), dtype=np.uint8)
+    net.train(args.mode == "training")
+    step = make_step(args.form, args.mode, net, model, pixels)
+
+    if HAS_GPU:
+        before = torch.cuda.memory_allocated()
+    reset_peak_rss()
+    base = current_rss()
+    start = time.perf_counter()
+    tokens = step()  # warms up, and is checked
+    first = time.perf_counter() - start
+    assert tokens.shape[0] == (args.side // model.stride) ** 2 and bool(tokens.isfinite().all())
+    times: list[float] = []
+    while len(times) < args.rounds and (not times or start + args.seconds > time.perf_counter()):
+        begin = time.perf_counter()
+        step()
+        if HAS_GPU:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    peak = torch.cuda.max_memory_allocated() - before if HAS_GPU else peak_rss() - base
+    count = model.grid(args.side, args.side).num_regions
+    row = {"seconds": spread(times), "first": first, "memory": peak, "regions": count}
+    row |= {"regions_per_s": count / row["seconds"]["median"], "region": model.config.region}
+    row |= {"parameters": sum(p.numel() for p in net.parameters()), "batch": BATCH}
+    print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
