@@ -97,6 +97,8 @@ def compare(
     absent: Mapping[str, str] | None = None,
     rounds: int = 15,
     first: str = "ours",
+    op: str | None = None,
+    variant: str = "",
     **facts: Any,
 ) -> None:
     """Checks, times and weighs `ours` against other forms of the same work.
@@ -109,8 +111,8 @@ def compare(
         and those in `max_error` must keep it. Otherwise all answers must agree.
     absent: other forms that this machine cannot run, and why.
     first: what the first form is called where it is none of ours.
-    facts: noted as they are: op and variant name the rows of a table, and a number that grows, such
-        as length=1024 or regions=16, is the axis of a plot.
+    op, variant: name the rows of the report's tables; default is the name of the test.
+    facts: noted as they are; the first of length, regions, side, chunks is the axis of plots.
 
     Rounds end early when they have taken half a minute. Raises AssertionError for a wrong answer.
     """
@@ -119,6 +121,7 @@ def compare(
         Path(file).write_text(json.dumps({name: _weigh(run) for name, run in forms.items()}))
         return
     info = benchmark.extra_info
+    info |= {"op": op or benchmark.name.partition("[")[0], "variant": variant}
     info |= {"schema": SCHEMA, "first": first, "device": DEVICE, "absent": dict(absent or {})}
     info |= {"dtype": str(DTYPE).removeprefix("torch."), "threads": torch.get_num_threads()} | facts
     if truth is None:

@@ -4,6 +4,7 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import xt_models as xm
 
 pytestmark = pytest.mark.filterwarnings("ignore::xt_models.registry.RandomWeightsWarning")
 SHORTER = {"xt train cue-digits": " --rows 64/32 --seeds 1 --steps 2"}
+RESULTS = Path(__file__).parent.parent / "bench" / "results"
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
@@ -31,12 +33,13 @@ def shell_lines():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A place with the files that the README speaks of: scene.tif and a saved model DIR."""
+    """A place with the files that the README speaks of: scene.tif, a saved model DIR, results."""
     folder = tmp_path_factory.mktemp("readme")
     pixels = np.random.default_rng(0).integers(0, 256, (300, 530, 3), dtype=np.uint8)
     tifffile.imwrite(folder / "scene.tif", pixels, tile=(256, 256), photometric="rgb")
     model = xm.create_model("convnext_atto", dim=32, num_heads=2, num_classes=3)
     model.save_pretrained(folder / "DIR")
+    shutil.copytree(next(RESULTS.iterdir()), folder / "results")
     return folder
 
 

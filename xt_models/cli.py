@@ -441,6 +441,21 @@ def cue_digits(out: Path, rows: str | None, seeds: int, steps: int, jobs: int) -
     click.echo(f"wrote {out}/: curves.csv, table.json, curves.png")
 
 
+@main.command("report")
+@click.argument("results", metavar="RESULTS", type=click.Path(path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to fill.")
+@click.option("--against", type=click.Path(path_type=Path),
+              help="An older JSON file, to judge RESULTS, one file, against.")  # fmt: skip
+@click.option("--readme", type=click.Path(path_type=Path),
+              help="A Markdown file whose table of numbers is to be replaced.")  # fmt: skip
+def report_(results: Path, out: Path, against: Path | None, readme: Path | None) -> None:
+    """Pages from the JSON of the benches: RESULTS is a folder of them, or one file."""
+    from .report import make_report
+
+    for line in make_report(results, out, against=against, readme=readme):
+        click.echo(line)
+
+
 @main.command()
 def doctor() -> None:
     """Versions, devices, and which optional parts are there."""
