@@ -1,6 +1,6 @@
 """xT against the same Swin on the whole image: regions a second and memory, by size of the image.
 
-    pytest bench/bench_images.py --benchmark-only          # 512 px, and where the naive form ends
+    pytest bench/bench_images.py --benchmark-only          # small, and where the naive form ends
     pytest bench/bench_images.py --benchmark-only --full   # all sizes, inference and training
 
 Each case is a process of its own (`whole_image.py`) that may take 20 GiB of memory on a CPU. Out of
@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from measure import DEVICE, HAS_GPU, SCHEMA, run_child
+from measure import DEVICE, DTYPE, HAS_GPU, SCHEMA, run_child
 
 LIMIT = None if HAS_GPU else 20 * 2**30
 SCRIPT = Path(__file__).parent / "whole_image.py"
@@ -44,8 +44,9 @@ PARAMETERS = [
 
 
 @pytest.mark.parametrize("mode, form, side", PARAMETERS)
-def test_image(benchmark, mode, form, side):
+def test_image(benchmark, request, mode, form, side):
     arguments = {"form": form, "side": side, "mode": mode}
+    arguments["seconds"] = 60 if request.config.getoption("--full") else 15
     if benchmark.disabled:
         if side > 512 or mode == "training" or "xt none" != form:
             pytest.skip("one small case is enough to see that it runs")
@@ -56,7 +57,8 @@ def test_image(benchmark, mode, form, side):
         row.update(run_child(SCRIPT, arguments, LIMIT, timeout=1800))
 
     benchmark.pedantic(measure, rounds=1)
-    facts = {"schema": SCHEMA, "device": DEVICE, "dtype": "float32", "encoder": "swinv2_tiny"}
+    facts = {"schema": SCHEMA, "device": DEVICE, "encoder": "swinv2_tiny"}
+    facts["dtype"] = str(DTYPE).removeprefix("torch.")
     benchmark.extra_info |= facts | arguments | {"limit": LIMIT} | row
     if form.startswith("xt "):
         assert row["outcome"] == "measured", row

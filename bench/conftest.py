@@ -7,7 +7,7 @@ from typing import Any
 
 from xt_models.host import keep_memory_flat
 
-if os.environ.get("XT_BENCH_MEMORY", "off") != "off":
+if os.environ.get("XT_BENCH_MEMORY", "off") not in ("", "off"):
     # Before torch loads: what is freed must not hide what is taken.
     keep_memory_flat()
 

@@ -117,8 +117,9 @@ def compare(
     Rounds end early when they have taken half a minute. Raises AssertionError for a wrong answer.
     """
     forms = {first: ours} | (dict(others) if isinstance(others, Mapping) else {"eager": others})
-    if file := os.environ.get(_MEMORY, "").removeprefix("off"):
-        Path(file).write_text(json.dumps({name: _weigh(run) for name, run in forms.items()}))
+    asked = os.environ.get(_MEMORY, "")
+    if asked not in ("", "off"):
+        Path(asked).write_text(json.dumps({name: _weigh(run) for name, run in forms.items()}))
         return
     info = benchmark.extra_info
     info |= {"op": op or benchmark.name.partition("[")[0], "variant": variant}
@@ -190,7 +191,7 @@ def _memory(forms: Mapping[str, Run]) -> dict[str, int]:
         out = Path(folder) / "memory.json"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         child = subprocess.run(
-            [*command, "--benchmark-disable", node],
+            [*command, "--benchmark-disable", "--full", node],
             cwd=ROOT, env=os.environ | {_MEMORY: str(out)}, capture_output=True, text=True,
         )  # fmt: skip
         assert out.exists(), f"the memory pass failed:\n{child.stdout[-2000:]}"

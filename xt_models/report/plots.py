@@ -28,8 +28,8 @@ def draw(records: Sequence[Record], folder: Path) -> dict[str, list[tuple[str, P
         raise RecordError(
             "report: matplotlib is needed for plots: pip install 'xt-kernels[bench]'."
         ) from None
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update({"svg.hashsalt": "xt", "svg.fonttype": "none", "font.size": 9})
+    # Text stays text, and the same rows give the same bytes.
+    style = {"svg.hashsalt": "xt", "svg.fonttype": "none", "font.size": 9}
     made: dict[str, list[tuple[str, Path]]] = {}
     for record in records:
         for op, group in groupby(sorted(record.rows, key=lambda r: r.op), key=lambda r: r.op):
@@ -40,7 +40,9 @@ def draw(records: Sequence[Record], folder: Path) -> dict[str, list[tuple[str, P
                 title = f"{op}: {kind}"
                 name = re.sub(r"\W+", "-", f"{record.path.stem}-{op}-{kind}").strip("-")
                 file = folder / f"{name}.svg"
-                if _figure(plot, title, record, rows, lost, file):
+                with matplotlib.rc_context(style):
+                    drawn = _figure(plot, title, record, rows, lost, file)
+                if drawn:
                     made.setdefault(op, []).append((f"{title}, {record.where}", file))
     return made
 
