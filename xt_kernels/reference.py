@@ -1,5 +1,13 @@
 """The definition of each op, in dense eager PyTorch under the op's own name and signature."""
 
 from .regions.reference import extract_regions, sincos_position, stitch_regions
+from .selective_scan.reference import selective_scan
+from .xl_attention.reference import xl_attention
 
-__all__ = ["extract_regions", "sincos_position", "stitch_regions", "xl_attention"]
+__all__ = [
+    "extract_regions",
+    "selective_scan",
+    "sincos_position",
+    "stitch_regions",
+    "xl_attention",
+]

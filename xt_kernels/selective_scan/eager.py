@@ -9,8 +9,8 @@ works on many tokens and PyTorch's overhead is paid once for all blocks:
 
 Backward runs the same way from the last token to the first, on states computed again from the
 chunk's start. Memory is that of a chunk, a few tensors of about `_ELEMENTS` numbers. Tensors are
-`[blocks, _BLOCK, B, G, N, D / G]`: channels last, so that broadcasting over states is cheap. exp is
-exp2 with log2(e) folded into A, which PyTorch computes four times as fast on a CPU.
+`[blocks, _BLOCK, B, G, N, D / G]`: channels last, so that broadcasting over states is cheap. exp(x)
+is exp2(x log2(e)), which PyTorch computes four times as fast on a CPU.
 """
 
 from __future__ import annotations
@@ -51,11 +51,6 @@ class _Inputs:
     def groups(self) -> int:
         return self.B.shape[1]
 
-    @property
-    def decay(self) -> torch.Tensor:
-        """A in units of log2, `[G, N, D / G]`."""
-        return self.by_group(self.A.T) * LOG2E
-
     def by_group(self, tensor: torch.Tensor) -> torch.Tensor:
         """`[.., N, D]` or `[.., 1, D]` as `[.., G, N, D / G]`."""
         return tensor.unflatten(-1, (self.groups, -1)).movedim(-2, -3)
@@ -93,7 +88,9 @@ class _Inputs:
         return tensor.flatten(0, 1)[:count, ..., 0, :].flatten(2).permute(1, 2, 0)
 
 
-def _scan(decay: torch.Tensor, scan: torch.Tensor, whole: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+def _scan(
+    decay: torch.Tensor, scan: torch.Tensor, whole: torch.Tensor, start: torch.Tensor
+) -> torch.Tensor:
     """h_t = a_t h_{t-1} + b_t over all tokens of a chunk, in place of b; returns the last h.
 
     decay: a; scan: b. whole: product of a over each block, `[blocks, ..]`. start: h before it.
@@ -113,7 +110,9 @@ def _scan(decay: torch.Tensor, scan: torch.Tensor, whole: torch.Tensor, start: t
     return scan[-1, -1]
 
 
-def _scan_back(decay: torch.Tensor, scan: torch.Tensor, whole: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+def _scan_back(
+    decay: torch.Tensor, scan: torch.Tensor, whole: torch.Tensor, last: torch.Tensor
+) -> torch.Tensor:
     """g_t = c_t + a_{t+1} g_{t+1} over all tokens of a chunk, in place of c; returns a_1 g_1.
 
     last: what reaches the chunk's last state from behind. The others as in `_scan`.
@@ -156,9 +155,11 @@ def _fill(
     decay: torch.Tensor, scan: torch.Tensor, start: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """a_t in `decay` and h_t in `scan`; returns (product of a over each block, last h)."""
-    torch.mul(step, given.decay, out=decay).exp2_()
+    rate = given.by_group(given.A.T)
+    # Folded into A, log2(e) would shift all tokens alike.
+    torch.mul(step * LOG2E, rate, out=decay).exp2_()
     torch.mul(x, projection, out=scan)
-    whole = torch.exp2(step.sum(1) * given.decay)
+    whole = torch.exp(step.sum(1) * rate)
     return whole, _scan(decay, scan, whole, start)
 
 
@@ -180,6 +181,7 @@ def _result(state: torch.Tensor) -> torch.Tensor:
     return _by_channel(state).mT.clone(memory_format=torch.contiguous_format)
 
 
+@torch.autocast("cpu", enabled=False)
 def forward(
     u: torch.Tensor,
     delta: torch.Tensor,
@@ -207,7 +209,9 @@ def forward(
         step, _ = given.step(begin, end)
         value = given.channels(u, begin, end)
         decay, scan = space.of(step)
-        _, state = _fill(given, step, step * value, given.projection(B, begin, end), decay, scan, state)
+        _, state = _fill(
+            given, step, step * value, given.projection(B, begin, end), decay, scan, state
+        )
         state = state.clone()
         y = given.projection(C, begin, end).mT @ scan  # [blocks, _BLOCK, B, G, 1, D / G]
         if D is not None:
@@ -220,6 +224,7 @@ def forward(
     return out, _result(state), states
 
 
+@torch.autocast("cpu", enabled=False)
 def backward(
     u: torch.Tensor,
     delta: torch.Tensor,
@@ -241,7 +246,7 @@ def backward(
     length = u.shape[2]
     du, ddelta, dB, dC = (t.new_empty(t.shape) for t in (u, delta, B, C))
     dz = None if z is None else z.new_empty(z.shape)
-    dA = torch.zeros_like(given.decay)
+    dA = torch.zeros_like(given.by_group(A.T))
     dD, dbias = (A.new_zeros(given.groups, 1, u.shape[1] // given.groups) for _ in range(2))
     grad = _first(given, grad_last_state)
     space = _Space(given, chunk, 3)

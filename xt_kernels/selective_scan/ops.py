@@ -11,7 +11,7 @@ import torch
 from . import eager
 
 # Tokens from one kept state to the next on CUDA.
-CHUNK = 128
+CHUNK = 64
 
 
 def _chunk(u: torch.Tensor, A: torch.Tensor) -> int:
@@ -113,7 +113,7 @@ def _(
 
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     *tensors, ctx.delta_softplus, _ = inputs
-    out, _, states = output
+    states = output[2]
     ctx.save_for_backward(*tensors, states)
     ctx.mark_non_differentiable(states)
     # None tells that the last state is in no loss.
