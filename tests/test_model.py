@@ -109,7 +109,7 @@ def test_pretrained_without_network_is_one_sentence(monkeypatch, tmp_path):
         small(pretrained=True)
 
 
-@pytest.mark.parametrize("context", ["xl", "hyper", "vit", None])
+@pytest.mark.parametrize("context", ["xl", "hyper", "mamba", "vit", None])
 @pytest.mark.parametrize("size", [(1, 1), (64, 64), (65, 130), (31, 200), (200, 97)])
 def test_shapes_for_any_size(context, size):
     chunk = None if context in ("hyper", "vit") else 2

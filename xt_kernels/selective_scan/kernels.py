@@ -44,8 +44,9 @@ class Config:
     tokens: int
 
 
-# Chosen by reading the code that comes out (no spills), not yet by measurement. With 32 channels a thread holds all states of one, and sums over states need no
-# shuffle. Keyed by the N up to which they hold.
+# Chosen by reading the code that comes out (no spills), not yet by measurement. With 32 channels a
+# thread holds all states of one, and sums over states need no shuffle. Keyed by the N up to which
+# they hold.
 FORWARD = {
     16: (Config(32, 4),),
     32: (Config(16, 2),),
@@ -53,7 +54,7 @@ FORWARD = {
 }
 BACKWARD = {
     16: (Config(16, 2),),
-    32: (Config(8, 2),),
+    32: (Config(4, 2),),
     64: (Config(4, 2),),
 }
 
