@@ -241,3 +241,51 @@ def test_refuses_foreign_memory():
         ValueError, match=r"tokens must be \[B, L, C\] = \[\*, \*, 16\], got \[4, 16\]"
     ):
         encoder(x[0])
+
+
+# In a model
+
+
+@pytest.mark.filterwarnings("ignore::xt_models.registry.RandomWeightsWarning")
+def test_a_streamed_image_has_the_tokens_of_one_unchunked_sequence():
+    import xt_models as xm
+    from xt_models.model import map_index
+
+    options = {"region": 32, "dim": 16, "depth": 2, "chunk_regions": 2}
+    model = xm.create_model("convnext_atto", context="mamba", **options).double()
+    pixels = torch.rand(1, 3, 100, 130, dtype=torch.float64)
+    given = []
+    model.context.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
+    with torch.no_grad():
+        out = model(pixels)
+        assert len(given) == 10 and out.memory.seen == 10
+        sequence = torch.cat(given[:10], 1)
+        whole, last = model.context(sequence)
+    grid = model.grid(100, 130)
+    places = [map_index(grid.placement(step.regions, 32), grid, 32) for step in model.walk(grid)]
+    torch.testing.assert_close(out.tokens, whole[:, torch.cat(places).argsort()])
+    torch.testing.assert_close(out.memory.states, last.states)
+
+
+@pytest.mark.filterwarnings("ignore::xt_models.registry.RandomWeightsWarning")
+def test_a_model_learns_through_the_state_and_keeps_its_options(tmp_path):
+    import xt_models as xm
+
+    options = {"region": 32, "dim": 16, "depth": 2, "chunk_regions": 1, "gradient": "through"}
+    model = xm.create_model("convnext_atto", context="mamba", num_classes=3, **options)
+    pixels = torch.rand(2, 3, 32, 96, requires_grad=True)
+    model(pixels).tokens[:, -1].sum().backward()
+    assert pixels.grad[..., :32].any()
+    assert all(p.grad is not None for p in model.context.parameters())
+    model.save_pretrained(tmp_path / "saved")
+    again = xm.XT.from_pretrained(tmp_path / "saved").eval()
+    with torch.no_grad():
+        assert torch.equal(again(pixels).tokens, model(pixels).tokens)
+
+
+def test_reversed_layers_are_refused_where_an_image_comes_in_chunks():
+    from xt_models.model import XTConfig
+
+    with pytest.raises(ValueError, match=r"mamba_form must be 'residual' unless the whole image"):
+        XTConfig(context="mamba", mamba_form="released")
+    XTConfig(context="mamba", mamba_form="released", chunk_regions=None)

@@ -39,21 +39,22 @@ def forward(model, pixels):
 
 
 @pytest.mark.parametrize(
-    "size, plain, hyper",
+    "size, plain, hyper, mamba",
     [
-        ("tiny", 30.82, 47.27),
-        ("small", 52.20, 68.65),
-        ("base", 92.26, 106.78),
-        ("large", 206.40, 215.48),
+        ("tiny", 30.82, 47.27, 43.48),
+        ("small", 52.20, 68.65, 64.86),
+        ("base", 92.26, 106.78, 102.99),
+        ("large", 206.40, 215.48, 211.69),
     ],
 )
-def test_parameter_counts_are_those_of_the_paper(size, plain, hyper):
-    for context, millions in ((None, plain), ("hyper", hyper)):
+def test_parameter_counts_are_those_of_the_paper(size, plain, hyper, mamba):
+    for context, millions in ((None, plain), ("hyper", hyper), ("mamba", mamba)):
         config = XTConfig(
             encoder=ENCODERS[f"swinv2_{size}"][0],
             num_classes=284,
             context=context,
             **CONTEXT_DEFAULTS[context],
+            **({"mamba_form": "released", "chunk_regions": None} if context == "mamba" else {}),
         )
         with torch.device("meta"):
             model = XT(config)
