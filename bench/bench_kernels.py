@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import xt_kernels as xk
-from xt_kernels import RegionGrid
+from xt_kernels import RegionGrid, reference
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -247,3 +247,107 @@ def test_xl_attention_backward(benchmark, head_dim, memory):
     for a, b in zip(ours(), eager(), strict=True):
         agree(a, b)
     compare(benchmark, ours, eager)
+
+
+# d_inner and N of the paper's Mamba; the eager form goes through every token by itself.
+INNER, STATES = (1536, 16) if HAS_GPU else (384, 16)
+SCAN_LENGTH = 8192
+
+
+def scan_inputs(length, wanted=False, inner=INNER):
+    """Arguments of `selective_scan` in its own order, up to delta_bias."""
+    shapes = {
+        "u": (1, inner, length),
+        "delta": (1, inner, length),
+        "A": (inner, STATES),
+        "B": (1, STATES, length),
+        "C": (1, STATES, length),
+        "D": (inner,),
+        "z": (1, inner, length),
+        "delta_bias": (inner,),
+    }
+    made = {}
+    for name, shape in shapes.items():
+        dtype = torch.float32 if name in ("A", "D", "delta_bias") else DTYPE
+        made[name] = torch.randn(shape, device=DEVICE, dtype=dtype)
+    made["A"] = -made["A"].abs() * 4
+    made["delta_bias"] -= 4
+    return [t.requires_grad_(wanted) for t in made.values()]
+
+
+def scan(form, tensors, **options):
+    return form(*tensors, delta_softplus=True, **options)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_selective_scan(benchmark, backward):
+    tensors = scan_inputs(SCAN_LENGTH, wanted=backward)
+
+    def run(form):
+        out = scan(form, tensors)
+        if not backward:
+            return [out]
+        return [out.detach(), *torch.autograd.grad(out.float().square().mean(), tensors)]
+
+    def ours():
+        return run(xk.selective_scan)
+
+    def eager():
+        return run(reference.selective_scan)
+
+    for a, b in zip(ours(), eager(), strict=True):
+        torch.testing.assert_close(a.float(), b.float(), atol=2e-2 if HAS_GPU else 1e-4, rtol=1e-2)
+    compare(benchmark, ours, eager, rounds=3)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_selective_scan_against_mamba_ssm(benchmark, backward):
+    pytest.importorskip("mamba_ssm", reason="mamba_ssm is not installed")
+    if not HAS_GPU:
+        pytest.skip("mamba_ssm has no CPU form")
+    tensors = scan_inputs(131_072, wanted=backward)
+
+    def run(backend):
+        out = scan(xk.selective_scan, tensors, backend=backend)
+        return torch.autograd.grad(out.sum(), tensors) if backward else [out]
+
+    for a, b in zip(run("xt"), run("mamba_ssm"), strict=True):
+        agree(a, b)
+    compare(benchmark, lambda: run("xt"), lambda: run("mamba_ssm"))
+
+
+@torch.no_grad()
+def test_selective_scan_time_a_token(benchmark):
+    """Flat over the length; what states cost, and a run in 16 parts against one call."""
+    lengths = [4096, 16_384, 65_536, 131_072, *([1_048_576] if HAS_GPU else [])]
+    per_token = {}
+    for length in lengths:
+        tensors = scan_inputs(length, inner=INNER if HAS_GPU else 96)
+        scan(xk.selective_scan, tensors)
+        times = [seconds(lambda t=tensors: scan(xk.selective_scan, t)) for _ in range(5)]
+        per_token[str(length)] = min(times) / length
+    whole = scan_inputs(131_072, inner=INNER if HAS_GPU else 96)
+    state = torch.zeros(*whole[0].shape[:2], STATES, device=DEVICE)
+
+    def one():
+        return scan(xk.selective_scan, whole)
+
+    def with_states():
+        return scan(xk.selective_scan, whole, initial_state=state, return_last_state=True)
+
+    def parts():
+        last, outs = state, []
+        for i in range(16):
+            at = slice(i * 8192, i * 8192 + 8192)
+            piece = [t[..., at] if t.dim() == 3 else t for t in whole]
+            out, last = scan(xk.selective_scan, piece, initial_state=last, return_last_state=True)
+            outs.append(out)
+        return outs
+
+    agree(torch.cat(parts(), -1)[0], one()[0])
+    rounds = [[seconds(f) for f in (one, with_states, parts)] for _ in range(5)]
+    medians = [statistics.median(column) for column in zip(*rounds, strict=True)]
+    benchmark.extra_info["seconds_a_token"] = per_token
+    benchmark.extra_info["states_over_none"] = medians[1] / medians[0]
+    benchmark.extra_info["parts_over_one"] = medians[2] / medians[0]
+    benchmark.pedantic(one, rounds=3)

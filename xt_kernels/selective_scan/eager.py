@@ -57,19 +57,22 @@ class _Inputs:
 
     def channels(self, tensor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
         """Tokens of `[B, D, L]` as `[blocks, _BLOCK, B, G, 1, D / G]`, zero behind the end."""
-        part = tensor[:, :, begin:end].unflatten(1, (self.groups, -1)).permute(3, 0, 1, 2)
-        return self._blocks(part)[..., None, :]
+        sizes = tensor.shape[0], self.groups, 1, tensor.shape[1] // self.groups
+        return self._blocks(tensor, begin, end).unflatten(2, sizes)
 
     def projection(self, tensor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
         """Tokens of `[B, G, N, L]` as `[blocks, _BLOCK, B, G, N, 1]`, zero behind the end."""
-        return self._blocks(tensor[..., begin:end].permute(3, 0, 1, 2))[..., None]
+        return self._blocks(tensor, begin, end).unflatten(2, (*tensor.shape[:3], 1))
 
-    def _blocks(self, part: torch.Tensor) -> torch.Tensor:
-        part = part.to(self.A.dtype, memory_format=torch.contiguous_format)
+    def _blocks(self, tensor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        """Tokens of `[.., L]` as `[blocks, _BLOCK, ..]`, the axes before L made one."""
+        # Rows first: PyTorch transposes a whole matrix several times faster than a part of one.
+        part = tensor[..., begin:end].to(self.A.dtype).contiguous().flatten(0, -2)
+        part = part.t().contiguous()
         missing = -len(part) % _BLOCK
         if missing:
-            part = torch.cat([part, part.new_zeros(missing, *part.shape[1:])])
-        return part.contiguous().unflatten(0, (-1, _BLOCK))
+            part = torch.cat([part, part.new_zeros(missing, part.shape[1])])
+        return part.unflatten(0, (-1, _BLOCK))
 
     def step(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(d, what softplus was applied to or None), both as `channels` gives them."""
@@ -85,7 +88,8 @@ class _Inputs:
 
     def tokens(self, tensor: torch.Tensor, count: int) -> torch.Tensor:
         """The first tokens of `[blocks, _BLOCK, B, G, 1, D / G]` as `[B, D, count]`."""
-        return tensor.flatten(0, 1)[:count, ..., 0, :].flatten(2).permute(1, 2, 0)
+        rows = tensor.flatten(2).flatten(0, 1)[:count].contiguous().t().contiguous()
+        return rows.unflatten(0, (self.u.shape[0], -1))
 
 
 def _scan(
