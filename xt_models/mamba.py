@@ -87,7 +87,7 @@ class MambaMixer(nn.Module):
         rank, states = self.dt_proj.in_features, self.A_log.shape[1]
         scanned = inputs = None
         if state is not None:
-            scanned, inputs = state.split([states, self.state_shape[1] - states], -1)
+            scanned, inputs = state[..., :states], state[..., states:]
         # [B, channels, L], tokens contiguous, as the scan likes them.
         projected = self.in_proj.weight @ tokens.mT
         if self.in_proj.bias is not None:
@@ -95,7 +95,8 @@ class MambaMixer(nn.Module):
         x, z = projected.chunk(2, 1)
         wide = torch.promote_types(x.dtype, torch.float32)
         x, inputs = causal_conv(x, self.conv1d.weight[:, 0], self.conv1d.bias, inputs, silu=True)
-        delta, B, C = (self.x_proj.weight @ x).split([rank, states, states], 1)
+        selected = self.x_proj.weight @ x
+        delta, B, C = selected[:, :rank], selected[:, rank:-states], selected[:, -states:]
         found = selective_scan(
             x,
             self.dt_proj.weight @ delta,

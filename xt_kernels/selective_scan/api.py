@@ -76,7 +76,8 @@ def selective_scan(
     wide = torch.promote_types(u.dtype, torch.float32)
     _check(u, "delta", delta, layout, [batch, dim, length], u.dtype)
     if A.is_complex():
-        checks.fail(_OP, "A", "be real: complex state spaces are not supported", A.dtype)
+        name = checks.dtype_name(A.dtype)
+        checks.fail(_OP, "A", "be real: complex state spaces are not supported", name)
     _check(u, "A", A, "[D, N]", [dim, None], wide)
     states = A.shape[1]
     if not 1 <= states <= MAX_STATES:

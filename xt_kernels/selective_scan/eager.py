@@ -33,6 +33,11 @@ def chunk_length(elements: int) -> int:
     return length
 
 
+def _unflatten(tensor: torch.Tensor, axis: int, sizes: tuple[int, ...]) -> torch.Tensor:
+    view: torch.Tensor = tensor.unflatten(axis, sizes)  # type: ignore[no-untyped-call]
+    return view
+
+
 @dataclass(frozen=True)
 class _Inputs:
     """The arguments of the op with channels in groups, and what a chunk of them looks like."""
@@ -51,18 +56,23 @@ class _Inputs:
     def groups(self) -> int:
         return self.B.shape[1]
 
+    @property
+    def rate(self) -> torch.Tensor:
+        """A as `[G, N, D / G]`, contiguous: products with it are five times as fast."""
+        return self.by_group(self.A.T).contiguous()
+
     def by_group(self, tensor: torch.Tensor) -> torch.Tensor:
         """`[.., N, D]` or `[.., 1, D]` as `[.., G, N, D / G]`."""
-        return tensor.unflatten(-1, (self.groups, -1)).movedim(-2, -3)
+        return _unflatten(tensor, -1, (self.groups, -1)).movedim(-2, -3)
 
     def channels(self, tensor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
         """Tokens of `[B, D, L]` as `[blocks, _BLOCK, B, G, 1, D / G]`, zero behind the end."""
         sizes = tensor.shape[0], self.groups, 1, tensor.shape[1] // self.groups
-        return self._blocks(tensor, begin, end).unflatten(2, sizes)
+        return _unflatten(self._blocks(tensor, begin, end), 2, sizes)
 
     def projection(self, tensor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
         """Tokens of `[B, G, N, L]` as `[blocks, _BLOCK, B, G, N, 1]`, zero behind the end."""
-        return self._blocks(tensor, begin, end).unflatten(2, (*tensor.shape[:3], 1))
+        return _unflatten(self._blocks(tensor, begin, end), 2, (*tensor.shape[:3], 1))
 
     def _blocks(self, tensor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
         """Tokens of `[.., L]` as `[blocks, _BLOCK, ..]`, the axes before L made one."""
@@ -72,7 +82,7 @@ class _Inputs:
         missing = -len(part) % _BLOCK
         if missing:
             part = torch.cat([part, part.new_zeros(missing, part.shape[1])])
-        return part.unflatten(0, (-1, _BLOCK))
+        return _unflatten(part, 0, (-1, _BLOCK))
 
     def step(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(d, what softplus was applied to or None), both as `channels` gives them."""
@@ -89,7 +99,7 @@ class _Inputs:
     def tokens(self, tensor: torch.Tensor, count: int) -> torch.Tensor:
         """The first tokens of `[blocks, _BLOCK, B, G, 1, D / G]` as `[B, D, count]`."""
         rows = tensor.flatten(2).flatten(0, 1)[:count].contiguous().t().contiguous()
-        return rows.unflatten(0, (self.u.shape[0], -1))
+        return _unflatten(rows, 0, (self.u.shape[0], -1))
 
 
 def _scan(
@@ -159,7 +169,7 @@ def _fill(
     decay: torch.Tensor, scan: torch.Tensor, start: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """a_t in `decay` and h_t in `scan`; returns (product of a over each block, last h)."""
-    rate = given.by_group(given.A.T)
+    rate = given.rate
     # Folded into A, log2(e) would shift all tokens alike.
     torch.mul(step * LOG2E, rate, out=decay).exp2_()
     torch.mul(x, projection, out=scan)
@@ -185,7 +195,6 @@ def _result(state: torch.Tensor) -> torch.Tensor:
     return _by_channel(state).mT.clone(memory_format=torch.contiguous_format)
 
 
-@torch.autocast("cpu", enabled=False)
 def forward(
     u: torch.Tensor,
     delta: torch.Tensor,
@@ -202,8 +211,12 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(out `[B, D, L]`, last state `[B, D, N]`, states `[B, chunks, N, D]`)."""
     given = _Inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    length = u.shape[2]
+    batch, dim, length = u.shape
     out = torch.empty_like(u)
+    if not u.numel():
+        last = A.new_zeros(batch, dim, A.shape[1]) if initial_state is None else initial_state
+        chunks = -(-length // chunk) if keep_states else 0
+        return out, last.clone(), A.new_empty(batch, chunks, A.shape[1], dim)
     state = _first(given, initial_state)
     kept, space = [], _Space(given, chunk, 2)
     for begin in range(0, length, chunk):
@@ -223,12 +236,10 @@ def forward(
         if z is not None:
             y *= F.silu(given.channels(z, begin, end))
         out[:, :, begin:end] = given.tokens(y, end - begin)
-    shape = u.shape[0], 0, A.shape[1], u.shape[1]
-    states = torch.stack(kept, 1) if kept else A.new_empty(shape)
+    states = torch.stack(kept, 1) if kept else A.new_empty(batch, 0, A.shape[1], dim)
     return out, _result(state), states
 
 
-@torch.autocast("cpu", enabled=False)
 def backward(
     u: torch.Tensor,
     delta: torch.Tensor,
@@ -248,9 +259,17 @@ def backward(
     """Gradients of u, delta, A, B, C, and of D, z, delta_bias, initial_state where given."""
     given = _Inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     length = u.shape[2]
+    if not u.numel():
+        grads = [
+            torch.zeros_like(t) for t in (u, delta, A, B, C, D, z, delta_bias) if t is not None
+        ]
+        if initial_state is not None:
+            last = torch.zeros_like(initial_state) if grad_last_state is None else grad_last_state
+            grads.append(last.clone())
+        return grads
     du, ddelta, dB, dC = (t.new_empty(t.shape) for t in (u, delta, B, C))
     dz = None if z is None else z.new_empty(z.shape)
-    dA = torch.zeros_like(given.by_group(A.T))
+    dA = torch.zeros_like(given.rate)
     dD, dbias = (A.new_zeros(given.groups, 1, u.shape[1] // given.groups) for _ in range(2))
     grad = _first(given, grad_last_state)
     space = _Space(given, chunk, 3)
@@ -284,7 +303,7 @@ def backward(
         w, before = decay.flatten(0, 1), scan.flatten(0, 1)
         w[1:] *= before[:-1]
         w[0] *= start
-        dstep = value * dx + torch.mul(decay, given.by_group(A.T), out=back).sum(-2, keepdim=True)
+        dstep = value * dx + torch.mul(decay, given.rate, out=back).sum(-2, keepdim=True)
         dA += (decay.mul_(step)).sum((0, 1, 2))
         dvalue = step * dx
         if D is not None:

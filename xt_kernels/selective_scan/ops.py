@@ -38,7 +38,8 @@ def forward(
     """
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     if not u.is_cuda:
-        return eager.forward(*inputs, delta_softplus, keep_states, _chunk(u, A))
+        with torch.autocast("cpu", enabled=False):
+            return eager.forward(*inputs, delta_softplus, keep_states, _chunk(u, A))
     from . import kernels
 
     with torch.cuda.device(u.device):
@@ -84,7 +85,8 @@ def backward(
     """Gradients of u, delta, A, B, C, and of D, z, delta_bias, initial_state where given."""
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state, states, grad_out, grad_last_state)
     if not u.is_cuda:
-        return eager.backward(*inputs, delta_softplus, _chunk(u, A))
+        with torch.autocast("cpu", enabled=False):
+            return eager.backward(*inputs, delta_softplus, _chunk(u, A))
     from . import kernels
 
     with torch.cuda.device(u.device):
