@@ -11,13 +11,13 @@ from functools import partial
 
 import pytest
 import torch
-from baselines import EXACT_ATTENTION, available, published_hyper_attention
+from baselines import EXACT_ATTENTION, available, mamba_ssm_scan, published_hyper_attention
 from inputs import clustered
-from measure import DEVICE, DTYPE, HAS_GPU, compare, full_only
+from measure import DEVICE, DTYPE, HAS_GPU, compare, full_only, seconds
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 import xt_kernels as xk
-from xt_kernels import RegionGrid
+from xt_kernels import RegionGrid, reference
 
 SIZES = [(29_000, 25_000)] if HAS_GPU else [(256, 256), (1024, 1024), (2048, 2048)]
 GRIDS = {grid.num_regions: grid for grid in (RegionGrid(*size, 256) for size in SIZES)}
@@ -228,4 +228,82 @@ def test_attention_baselines(benchmark, request, length, is_causal):
         flops=4 * 768 * length * length / (2 if is_causal else 1), op="attention",
         variant="causal" if is_causal else "all keys", length=length, units=(length, "tokens"),
         rounds=5,
+    )  # fmt: skip
+
+
+# d_inner and N of the paper's Mamba; the eager form goes through every token by itself.
+INNER, STATES = (1536, 16) if HAS_GPU else (96, 16)
+SCANS = [16_384, *full_only(131_072)] if HAS_GPU else [2048, *full_only(8192)]
+
+
+def scan_inputs(length, wanted=False):
+    """Arguments of `selective_scan` in its own order, up to delta_bias."""
+    shapes = {
+        "u": (1, INNER, length),
+        "delta": (1, INNER, length),
+        "A": (INNER, STATES),
+        "B": (1, STATES, length),
+        "C": (1, STATES, length),
+        "D": (INNER,),
+        "z": (1, INNER, length),
+        "delta_bias": (INNER,),
+    }
+    made = {}
+    for name, shape in shapes.items():
+        dtype = torch.float32 if name in ("A", "D", "delta_bias") else DTYPE
+        made[name] = torch.randn(shape, device=DEVICE, dtype=dtype)
+    made["A"] = -made["A"].abs() * 4
+    made["delta_bias"] -= 4
+    return [t.requires_grad_(wanted) for t in made.values()]
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("length", SCANS)
+def test_selective_scan(benchmark, length, backward):
+    tensors = scan_inputs(length, wanted=backward)
+    forms = {"token by token": reference.selective_scan, "mamba_ssm": mamba_ssm_scan}
+    grad = torch.randn_like(tensors[0])
+
+    def of(form):
+        call = partial(form, *tensors, delta_softplus=True)
+        return backward_of(call, tensors, grad) if backward else call
+
+    run, absent = available(forms, *tensors, delta_softplus=True)
+    compare(
+        benchmark, of(xk.selective_scan), {name: of(form) for name, form in run.items()},
+        absent=absent, op="selective_scan", variant="backward" if backward else "forward",
+        length=length, units=(length, "tokens"), rounds=5,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def test_selective_scan_time_a_token(benchmark):
+    """Flat over the length; what states cost, and a run in 16 parts against one call."""
+    lengths = [4096, 16_384, 65_536, *([131_072, 1_048_576] if HAS_GPU else [])]
+    scan = partial(xk.selective_scan, delta_softplus=True)
+    per_token = {}
+    for length in lengths:
+        tensors = scan_inputs(length)
+        scan(*tensors)
+        per_token[str(length)] = min(seconds(lambda t=tensors: scan(*t)) for _ in range(5)) / length
+    length = 131_072 if HAS_GPU else 65_536
+    whole = scan_inputs(length)
+    state = torch.zeros(*whole[0].shape[:2], STATES, device=DEVICE)
+
+    def with_states():
+        return scan(*whole, initial_state=state, return_last_state=True)[0]
+
+    def parts():
+        last, outs = state, []
+        for part in range(16):
+            at = slice(part * length // 16, (part + 1) * length // 16)
+            piece = [t[..., at] if t.dim() == 3 else t for t in whole]
+            out, last = scan(*piece, initial_state=last, return_last_state=True)
+            outs.append(out)
+        return torch.cat(outs, -1)
+
+    benchmark.extra_info["seconds_a_token"] = per_token
+    compare(
+        benchmark, lambda: scan(*whole), {"with states": with_states, "in 16 parts": parts},
+        op="selective_scan", variant="states", length=length, units=(length, "tokens"), rounds=5,
     )  # fmt: skip

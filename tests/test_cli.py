@@ -118,7 +118,7 @@ def test_embed_is_reproducible_and_takes_its_options(scene, tmp_path):
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["embedding.json", "tokens.zarr"]
 
 
-@pytest.mark.parametrize("context", ["xl", "hyper", "vit", "none"])
+@pytest.mark.parametrize("context", ["xl", "hyper", "mamba", "vit", "none"])
 def test_predict_prints_scores(scene, context):
     result = xt("predict", scene, *SMALL, "--context", context, "--num-classes", 7)
     assert result.exit_code == 0, result.output

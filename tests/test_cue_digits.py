@@ -131,9 +131,10 @@ def test_a_row_sees_what_its_ceiling_says(name, digits):
     x, y = logits(a), logits(b)
     assert x.shape == (64, 10)
     assert cue.ROWS[name].ceiling == {
-        "downsampled": 10, "32/32": 10, "one-region": 40, "bag": 43, "xl-no-memory": 43
+        "downsampled": 10, "32/32": 10, "one-region": 40, "bag": 43, "xl-no-memory": 43,
+        "mamba-no-state": 43,
     }.get(name)  # fmt: skip
-    if name in ("bag", "xl-no-memory"):
+    if name in ("bag", "xl-no-memory", "mamba-no-state"):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
     elif name in ("downsampled", "32/32"):
         torch.testing.assert_close(x, x[:1].expand_as(x), rtol=1e-12, atol=1e-12)
@@ -149,7 +150,10 @@ def test_a_row_sees_what_its_ceiling_says(name, digits):
         assert (x - y).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("name, through", [("xl-stop", False), ("xl-through", True)])
+@pytest.mark.parametrize(
+    "name, through",
+    [("xl-stop", False), ("xl-through", True), ("mamba-stop", False), ("mamba-through", True)],
+)
 def test_only_one_row_sends_gradient_through_memory(name, through, digits):
     """The last chunk's class token reaches the pixels of the chunks before it, or does not."""
     model = cue.CueDigits(cue.ROWS[name]).eval()

@@ -39,21 +39,22 @@ def forward(model, pixels):
 
 
 @pytest.mark.parametrize(
-    "size, plain, hyper",
+    "size, plain, hyper, mamba",
     [
-        ("tiny", 30.82, 47.27),
-        ("small", 52.20, 68.65),
-        ("base", 92.26, 106.78),
-        ("large", 206.40, 215.48),
+        ("tiny", 30.82, 47.27, 43.48),
+        ("small", 52.20, 68.65, 64.86),
+        ("base", 92.26, 106.78, 102.99),
+        ("large", 206.40, 215.48, 211.69),
     ],
 )
-def test_parameter_counts_are_those_of_the_paper(size, plain, hyper):
-    for context, millions in ((None, plain), ("hyper", hyper)):
+def test_parameter_counts_are_those_of_the_paper(size, plain, hyper, mamba):
+    for context, millions in ((None, plain), ("hyper", hyper), ("mamba", mamba)):
         config = XTConfig(
             encoder=ENCODERS[f"swinv2_{size}"][0],
             num_classes=284,
             context=context,
             **CONTEXT_DEFAULTS[context],
+            **({"mamba_form": "released", "chunk_regions": None} if context == "mamba" else {}),
         )
         with torch.device("meta"):
             model = XT(config)
@@ -109,7 +110,7 @@ def test_pretrained_without_network_is_one_sentence(monkeypatch, tmp_path):
         small(pretrained=True)
 
 
-@pytest.mark.parametrize("context", ["xl", "hyper", "vit", None])
+@pytest.mark.parametrize("context", ["xl", "hyper", "mamba", "vit", None])
 @pytest.mark.parametrize("size", [(1, 1), (64, 64), (65, 130), (31, 200), (200, 97)])
 def test_shapes_for_any_size(context, size):
     chunk = None if context in ("hyper", "vit") else 2

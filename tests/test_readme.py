@@ -110,6 +110,10 @@ def test_python_blocks(folder, tmp_path, monkeypatch):
         "features": torch.randn(20 * 28, 96, 8, 8),
         **{n: torch.randn(1, 2, 5, 32) for n in ("query", "key", "value")},
         **{n: torch.randn(1, 2, 7, 32) for n in ("memory_key", "memory_value")},
+        **{n: torch.randn(1, 6, 5) for n in ("u", "delta")},
+        "A": -torch.rand(6, 4),
+        **{n: torch.randn(1, 4, 5) for n in ("B", "C")},
+        "state": torch.zeros(1, 6, 4),
     }
     for block in code:
         if "RegionGrid" in block:
@@ -120,4 +124,5 @@ def test_python_blocks(folder, tmp_path, monkeypatch):
     assert values["field"].shape == (512, 512)
     assert values["tokens"].shape == (157 * 219, 96)
     assert values["out"].shape == (1, 2, 5, 32)
+    assert values["y"].shape == (1, 6, 5) and values["state"].shape == (1, 6, 4)
     assert values["regions"].shape == (20 * 28, 3, 256, 256)

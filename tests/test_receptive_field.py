@@ -397,14 +397,14 @@ def xt(*words):
 def test_command_writes_picture_numbers_and_maps(tmp_path):
     result = xt("-o", tmp_path / "out", *SMALL, "--token", "1,3", "--seed", 2)
     assert result.exit_code == 0, result.output
-    assert result.stderr.count("random weights (seed 2)") == 1 and "8/8" in result.stderr
-    names = ["none", "xl", "hyper", "vit"]
+    assert result.stderr.count("random weights (seed 2)") == 1 and "10/10" in result.stderr
+    names = ["none", "xl", "hyper", "mamba", "vit"]
     rows = [line for line in result.stdout.splitlines() if line.split()[0] in names]
     assert [row.split()[0] for row in rows] == names
     assert re.search(r"none +100.00% +100.00% +0.00%.* 16.00% +4,096 px", rows[0])
     out = tmp_path / "out"
     assert sorted(p.name for p in out.iterdir()) == ["erf.json", "erf.npz", "erf.png"]
-    assert Image.open(out / "erf.png").size == (4 * 168 - 8, 160 + 3 * 28)
+    assert Image.open(out / "erf.png").size == (5 * 168 - 8, 160 + 3 * 28)
     record = json.loads((out / "erf.json").read_text())
     assert list(record["contexts"]) == names and record["pretrained"] is False
     assert record["token"] == [1, 3] and record["region_box"] == [0, 64, 64, 64]

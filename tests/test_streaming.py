@@ -70,6 +70,9 @@ def test_streamed_equals_in_memory(tiling, size, tmp_path):
         (None, {}),
         ("xl", {"residual": True, "memory_chunks": 2, "depth": 3}),
         ("xl", {"chunk_regions": 1}),
+        ("mamba", {}),
+        ("mamba", {"residual": True, "tiling": "two-stream"}),
+        ("mamba", {"mamba_form": "released", "chunk_regions": None, "pool": "token"}),
     ],
 )
 def test_streamed_equals_in_memory_for_every_context(context, options, tmp_path):
@@ -297,7 +300,7 @@ def test_progress_counts_every_visit():
 
 
 def test_plan_counts_what_the_run_then_does(tmp_path):
-    for model in (small(tiling="two-stream"), small("vit", chunk_regions=None), small(None)):
+    for model in (small(tiling="two-stream"), small("mamba"), small(None)):
         source = xm.open_image(scene())
         plan = xm.plan(model, source, batch_size=4, out=tmp_path)
         stats = xm.stream(model, source, batch_size=4).stats

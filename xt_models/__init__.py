@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .context_encoder import ContextEncoder, Memory, XLContextEncoder
+    from .mamba import MambaContextEncoder, MambaMixer
     from .model import XT, XTConfig, XTOutput
     from .planning import plan
     from .receptive_field import context_length, effective_receptive_field, visible_chunks
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "ContextEncoder": "context_encoder",
+    "MambaContextEncoder": "mamba",
+    "MambaMixer": "mamba",
     "Memory": "context_encoder",
     "XLContextEncoder": "context_encoder",
     "XT": "model",
@@ -35,6 +38,8 @@ _HOME = {
 __all__ = [
     "XT",
     "ContextEncoder",
+    "MambaContextEncoder",
+    "MambaMixer",
     "Memory",
     "XLContextEncoder",
     "XTConfig",

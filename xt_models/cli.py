@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .streaming import StreamStats
     from .train.table import Run
 
-_CONTEXTS = ("xl", "hyper", "vit")  # those of .model, which takes seconds to import
+_CONTEXTS = ("xl", "hyper", "mamba", "vit")  # those of .model, which takes seconds to import
 
 
 class _Group(click.Group):
@@ -266,7 +266,7 @@ def _erf_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--region", type=click.IntRange(1), default=128, show_default=True,
                          help="Side of the regions, pixels."),
             click.option("--chunk-regions", type=click.IntRange(1), default=1, show_default=True,
-                         help="Regions a chunk of xl; hyper and vit take the whole image."),
+                         help="Regions a chunk of xl, mamba; others take the whole image."),
             click.option("--images", type=click.IntRange(1), default=4, show_default=True,
                          help="Inputs to average over."),
             click.option("--image", "photograph", type=click.Path(path_type=Path),
@@ -341,7 +341,7 @@ def _measure_fields(
     numbers, configs = {}, {}
     with tqdm(total=len(names) * count, unit=" images", desc="erf", file=sys.stderr) as bar:
         for name in names:
-            extra = {"chunk_regions": options["chunk_regions"]} if name == "xl" else {}
+            extra = {"chunk_regions": options["chunk_regions"]} if name in ("xl", "mamba") else {}
             model, notes = _create(
                 options | {"context": name},
                 region=options["region"],

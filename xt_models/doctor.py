@@ -16,6 +16,8 @@ _OPTIONAL = {
     "rasterio": ("geo", "reads JPEG 2000, VRT and other formats of GDAL"),
     "openslide-python": ("wsi", "reads whole-slide formats (SVS, NDPI, MRXS, ...)"),
     "scikit-learn": ("train", "holds the digits of xt train cue-digits"),
+    "mamba-ssm": ("mamba", "its CUDA scan, as baseline and where asked for"),
+    "causal-conv1d": ("mamba", "a faster convolution for Mamba on CUDA"),
     "pytest-benchmark": ("bench", "runs the benchmarks in bench/"),
     "matplotlib": ("train", "draws the curves of xt train and the plots of the benchmark reports"),
 }

@@ -15,10 +15,11 @@ from xt_kernels.regions import Placement, RegionGrid, extract_regions, stitch_re
 from .context_encoder import ContextEncoder, Memory
 from .grid import TILINGS, Step, Tiling, walk
 from .heads import ClassificationHead, PlainHead
+from .mamba import FORMS, MambaContextEncoder
 from .region_encoder import RegionEncoder
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CONTEXTS = ("xl", "hyper", "vit")
+CONTEXTS = ("xl", "hyper", "mamba", "vit")
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,12 @@ class XTConfig:
 
     encoder: timm model name. region: side of the regions, pixels. in_chans: bands of the image.
     num_classes: 0 for no head.
-    context: "xl" (memory carried from chunk to chunk), "hyper", "vit", or None (no context).
+    context: "xl" (memory carried from chunk to chunk), "hyper", "mamba" (state carried), "vit", or
+        None (no context).
     dim, depth, num_heads, mlp_ratio, causal, memory, gradient, gradient_chunks: of the context
         encoder, as in `XLContextEncoder`.
+    mamba_form: "residual", or "released", whose reversed layers need the whole image as one chunk,
+        as in `MambaContextEncoder`.
     pool: "mean" of all tokens, or "token", a class token appended last (whole-image chunk only).
     chunk_regions: regions a chunk; None is the whole image in one chunk: memory grows with it.
     memory_chunks: earlier chunks that each XL layer remembers.
@@ -52,6 +56,7 @@ class XTConfig:
     memory: str = "hidden"
     gradient: str = "stop"
     gradient_chunks: int = 4
+    mamba_form: str = "residual"
     pool: str = "mean"
     chunk_regions: int | None = 16
     memory_chunks: int = 1
@@ -81,8 +86,15 @@ class XTConfig:
         )
         check(
             "tiling",
-            self.tiling != "two-stream" or self.context == "xl",
-            "'row' or 'zigzag' unless context is 'xl': only memory carries a first pass",
+            self.tiling != "two-stream" or self.context in ("xl", "mamba"),
+            "'row' or 'zigzag' unless context is 'xl' or 'mamba': only memory carries a first pass",
+        )
+        check("mamba_form", self.mamba_form in FORMS, f"one of {', '.join(FORMS)}")
+        check(
+            "mamba_form",
+            self.mamba_form == "residual" or self.context != "mamba" or self.chunk_regions is None,
+            "'residual' unless the whole image is one chunk (chunk_regions=None): reversed layers "
+            "start at the image's last token, which one pass over chunks has not seen yet",
         )
         for name in ("mean", "std"):
             value = getattr(self, name)
@@ -104,7 +116,7 @@ class XTConfig:
 
 class XTOutput(NamedTuple):
     """logits `[B, classes]` or None; tokens `[B, rows * cols, C]` row-major over the image;
-    embedding `[B, C]`; memory for a following image part (XL) or None.
+    embedding `[B, C]`; memory for a following image part (XL, Mamba) or None.
     """
 
     logits: torch.Tensor | None
@@ -131,24 +143,34 @@ class XT(nn.Module, PyTorchModelHubMixin):
             config.encoder, region=config.region, in_chans=config.in_chans
         )
         features = self.region_encoder.num_features
-        self.context: ContextEncoder | None = None
+        self.context: ContextEncoder | MambaContextEncoder | None = None
         self.input_proj: nn.Module = nn.Identity()
         self.output_proj: nn.Linear | None = None
         self.class_token: nn.Parameter | None = None
         if config.context is not None:
             self.input_proj = nn.Linear(features, config.dim)
-            self.context = ContextEncoder(
-                config.dim,
-                config.depth,
-                config.num_heads,
-                config.mlp_ratio,
-                attention="exact" if config.context == "vit" else "hyper",
-                memory=config.memory,
-                memory_chunks=config.memory_chunks if config.context == "xl" else 0,
-                gradient=config.gradient,
-                gradient_chunks=config.gradient_chunks,
-                causal=config.causal,
-            )
+            if config.context == "mamba":
+                self.context = MambaContextEncoder(
+                    config.dim,
+                    config.depth,
+                    form=config.mamba_form,
+                    carry=config.mamba_form == "residual",
+                    gradient=config.gradient,
+                    gradient_chunks=config.gradient_chunks,
+                )
+            else:
+                self.context = ContextEncoder(
+                    config.dim,
+                    config.depth,
+                    config.num_heads,
+                    config.mlp_ratio,
+                    attention="exact" if config.context == "vit" else "hyper",
+                    memory=config.memory,
+                    memory_chunks=config.memory_chunks if config.context == "xl" else 0,
+                    gradient=config.gradient,
+                    gradient_chunks=config.gradient_chunks,
+                    causal=config.causal,
+                )
             if config.residual:
                 self.output_proj = nn.Linear(config.dim, features)
             if config.pool == "token":

@@ -16,6 +16,7 @@ import torch
 
 from .context_encoder import Memory
 from .host import available_memory, current_rss, free_disk, peak_rss, reset_peak_rss
+from .mamba import MambaContextEncoder
 from .model import XT
 from .source import ImageSource
 from .streaming import check_bands
@@ -134,7 +135,10 @@ def _mix_cost(
         raw = chunk.new_zeros(1, tokens, model.num_features)
     memory = None
     kept = model.context.memory_chunks
-    if kept:
+    if isinstance(model.context, MambaContextEncoder):
+        with torch.inference_mode():
+            memory = model.context(chunk[:, :1])[1]  # as large as any
+    elif kept:
         states = chunk.new_zeros(model.context.state_shape(1, kept * tokens))
         memory = Memory(states, (tokens,) * kept, kept)
     return _measure(lambda: model.mix(chunk, raw, memory), device)

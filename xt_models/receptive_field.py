@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from .context_encoder import ContextEncoder, Memory
+from .mamba import MambaContextEncoder
 from .model import XT, map_index
 
 Map = np.ndarray[Any, np.dtype[np.float32]]
@@ -47,9 +48,12 @@ def context_length(
 def model_context_length(model: XT, height: int, width: int) -> int:
     """Pixels that a token of `model` can see in an image of `height` x `width` pixels, at most.
 
-    Without context encoder that is one region, with the whole image as one chunk it is the image.
+    Without context encoder that is one region; with the whole image as one chunk, or with a state
+    that all chunks before have shaped (Mamba), it is the image.
     """
     grid, config = model.grid(height, width), model.config
+    if isinstance(model.context, MambaContextEncoder):
+        return height * width
     if model.context is None:
         length = context_length(config.region, layers=0)
     else:
@@ -64,7 +68,11 @@ def model_context_length(model: XT, height: int, width: int) -> int:
 
 @torch.no_grad()
 def visible_chunks(
-    encoder: ContextEncoder, num_chunks: int, *, length: int = 4, seed: int = 0
+    encoder: ContextEncoder | MambaContextEncoder,
+    num_chunks: int,
+    *,
+    length: int = 4,
+    seed: int = 0,
 ) -> list[int]:
     """Which of `num_chunks` chunks of `length` tokens can change the output of the last one.
 

@@ -32,6 +32,7 @@ ENCODERS = {
 CONTEXT_DEFAULTS: dict[str | None, dict[str, Any]] = {
     "xl": {"dim": 256, "depth": 4, "num_heads": 2, "residual": True},
     "hyper": {"causal": True, "chunk_regions": None, "pool": "token"},
+    "mamba": {"depth": 4},
     "vit": {"chunk_regions": None, "pool": "token"},
     None: {},
 }
@@ -60,7 +61,7 @@ def create_model(
 
     name: "xt_<encoder>_<region side>" (see `list_models`), ".<context>" may stand behind it; or
         any timm model name (its region side is then `region`, 256 by default).
-    context: "xl", "hyper", "vit" or None; a suffix of `name` wins.
+    context: "xl", "hyper", "mamba", "vit" or None; a suffix of `name` wins.
     pretrained: load timm's weights into the region encoder. Context encoder and head stay random.
     seed: of the random weights; the global generators are left as they were.
     overrides: any field of `XTConfig`, such as num_classes, in_chans, chunk_regions.

@@ -57,10 +57,10 @@ def forward(
                 k_buffer, v_buffer = part.buffer(k_rows), part.buffer(v_rows)
                 for blocks in part.calls():
                     places, queries = part.rows(q[0, h], blocks)
-                    keys = part.windows(k_rows, blocks, k_buffer)
+                    near = part.windows(k_rows, blocks, k_buffer)
                     values = part.windows(v_rows, blocks, v_buffer)
                     mask = part.mask(blocks, wide)
-                    found = _flash(queries, keys, values, 0.0, False, attn_mask=mask, scale=scale)
+                    found = _flash(queries, near, values, 0.0, False, attn_mask=mask, scale=scale)
                     mine, mine_lse = (t.flatten(0, 2)[: places.shape[0]] for t in found)
                     if is_whole:
                         out[b, heads.start + h].index_copy_(0, places, mine)

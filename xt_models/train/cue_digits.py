@@ -37,6 +37,7 @@ from xt_kernels import RegionGrid, extract_regions, stitch_regions
 from ..context_encoder import ContextEncoder, Memory
 from ..grid import walk
 from ..heads import ClassificationHead, PlainHead
+from ..mamba import MambaContextEncoder
 
 SIDE, REGION, CLASSES = 64, 32, 10
 GRID = RegionGrid(SIDE, SIDE, REGION)
@@ -53,6 +54,7 @@ class Row:
     view: "image"; "region", one that holds a digit; "small", the image down-sampled to 32 px.
     context: mix tokens with a context encoder; else their mean goes to the head.
     chunk: regions a chunk of the context encoder; the class tokens of all chunks are averaged.
+    mixer: "attention" or "mamba".
     memory: None, or the `gradient` of the memory that each chunk passes to the next ones.
     position: tokens know their place in the "image", or in their "region" only.
     each: weight of the mean loss of each chunk's own prediction, added to that of their average.
@@ -63,6 +65,7 @@ class Row:
     view: str = "image"
     context: bool = True
     chunk: int = 4
+    mixer: str = "attention"
     memory: str | None = None
     position: str = "image"
     each: float = 0.0
@@ -81,6 +84,14 @@ ROWS = {
     "xl-through": Row("XL, memory, gradient through it", chunk=1, memory="through"),
     "xl-stop-each": Row(
         "XL, stop-gradient, a loss on each chunk", chunk=1, memory="stop", each=0.5
+    ),
+    "mamba": Row("Mamba over all regions", mixer="mamba"),
+    "mamba-no-state": Row(
+        "Mamba, no state carried", chunk=1, mixer="mamba", position="region", ceiling=43.0
+    ),
+    "mamba-stop": Row("Mamba, state, stop-gradient", chunk=1, mixer="mamba", memory="stop"),
+    "mamba-through": Row(
+        "Mamba, state, gradient through it", chunk=1, mixer="mamba", memory="through"
     ),
 }
 
@@ -235,8 +246,12 @@ class CueDigits(nn.Module):
             nn.BatchNorm2d(DIM),
             nn.GELU(),
         )
-        self.context: ContextEncoder | None = None
-        if row.context:
+        self.context: ContextEncoder | MambaContextEncoder | None = None
+        if row.mixer == "mamba":
+            self.context = MambaContextEncoder(
+                DIM, 2 * DEPTH, carry=row.memory is not None, gradient=row.memory or "stop"
+            )
+        elif row.context:
             self.context = ContextEncoder(
                 DIM,
                 DEPTH,
@@ -246,6 +261,7 @@ class CueDigits(nn.Module):
                 gradient=row.memory or "stop",
                 causal=True,
             )
+        if row.context:
             self.class_token = nn.Parameter(torch.empty(1, 1, DIM).normal_(std=0.02))
         self.head = (ClassificationHead if row.context else PlainHead)(DIM, CLASSES)
 
