@@ -11,7 +11,13 @@ from functools import partial
 
 import pytest
 import torch
-from baselines import EXACT_ATTENTION, available, mamba_ssm_scan, published_hyper_attention
+from baselines import (
+    EXACT_ATTENTION,
+    available,
+    hashes,
+    mamba_ssm_scan,
+    published_hyper_attention,
+)
 from inputs import clustered
 from measure import DEVICE, DTYPE, HAS_GPU, compare, full_only, seconds
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -205,29 +211,80 @@ def test_xl_attention_backward(benchmark, head_dim, memory):
     )  # fmt: skip
 
 
+HYPER = [16_384, 131_072, *full_only(714_000)] if HAS_GPU else [4096, *full_only(16_384, 32_768)]
+# Shorter than by default, so that the estimate is what is measured at every length.
+HYPER_LEAST = 1024
+
+
 @pytest.mark.parametrize("is_causal", [False, True], ids=["all keys", "causal"])
-@pytest.mark.parametrize(
-    "length", [16_384, *full_only(131_072)] if HAS_GPU else [4096, *full_only(16_384)]
-)
-def test_attention_baselines(benchmark, request, length, is_causal):
-    """What an approximation must beat: exact attention, and HyperAttention as published, whose
-    error is that on clustered inputs."""
+@pytest.mark.parametrize("length", HYPER)
+def test_hyper_attention(benchmark, request, length, is_causal):
+    """Against exact attention, and HyperAttention as published; errors are on clustered inputs."""
     tensors = [t.to(DEVICE, DTYPE) for t in clustered((1, 12, length, 64))]
     wanted, skipped = dict(EXACT_ATTENTION), {}
     if not (HAS_GPU or request.config.getoption("--full")):
         wanted.pop("flex_attention")
         skipped["flex_attention"] = "half a minute to compile on a CPU: with --full only"
     forms, absent = available(wanted, *tensors, is_causal=is_causal)
-    max_error = dict.fromkeys(forms, 1e-2) | {"hyper, published": 0.6}
-    forms["hyper, published"] = published_hyper_attention
+    max_error = dict.fromkeys(forms, 1e-2)
+    for name, options in (("ours", {}), ("ours, samples", {"residual": "sample"})):
+        forms[name] = partial(xk.hyper_attention, min_seq_len=HYPER_LEAST, **options)
+    if is_causal and length & (length - 1):
+        absent["hyper, published"] = "its halves must be even"
+    else:
+        forms["hyper, published"] = published_hyper_attention
+    max_error |= dict.fromkeys([name for name in forms if name not in max_error], 0.6)
     runs = {name: partial(form, *tensors, is_causal=is_causal) for name, form in forms.items()}
-    exact = runs.pop("sdpa")
     compare(
-        benchmark, exact, runs, first="sdpa", truth=exact(), max_error=max_error,
+        benchmark, runs.pop("ours"), runs, truth=runs["sdpa"](), max_error=max_error,
         absent=absent | skipped,
-        flops=4 * 768 * length * length / (2 if is_causal else 1), op="attention",
-        variant="causal" if is_causal else "all keys", length=length, units=(length, "tokens"),
-        rounds=5,
+        flops=4 * 768 * length * (512 if not is_causal else min(length, HYPER_LEAST) / 2 + 256),
+        op="hyper_attention", variant="causal" if is_causal else "all keys", length=length,
+        units=(length, "tokens"), rounds=5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("length", HYPER)
+def test_hyper_attention_backward(benchmark, length):
+    """Forward and backward; on a CPU exact attention is held against ours at the same length."""
+    tensors = [t.to(DEVICE, DTYPE).requires_grad_() for t in clustered((1, 12, length, 64))]
+    grad = torch.randn_like(tensors[0])
+    ours = partial(xk.hyper_attention, min_seq_len=HYPER_LEAST)
+
+    def both(form):
+        return lambda: torch.autograd.grad(form(*tensors), tensors, grad)
+
+    def query_gradient(form):
+        return torch.autograd.grad(form(*tensors), tensors[0], grad)[0]
+
+    exact = both(scaled_dot_product_attention)
+    runs = {"sdpa": lambda: exact()[0], "ours": lambda: both(ours)()[0]}
+    compare(
+        benchmark, runs["ours"], {"sdpa": runs["sdpa"]},
+        truth=query_gradient(scaled_dot_product_attention), max_error={"sdpa": 1e-2},
+        op="hyper_attention", variant="forward and backward", length=length,
+        units=(length, "tokens"), rounds=5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("length", HYPER)
+def test_hyper_attention_plan(benchmark, length):
+    """Hashing and ordering alone, against PyTorch's hash and stable sort of queries and keys."""
+    query, key, _ = (t.to(DEVICE, DTYPE) for t in clustered((1, 12, length, 64)))
+    directions = torch.randn(64, 7, device=DEVICE, dtype=DTYPE)
+
+    # Orders differ, but each is one of all tokens: their sums do not.
+    def ours():
+        made = xk.make_plan(query, key, min_seq_len=0).choices
+        return [order.sum(-1).double() for order in (made.query_order, made.key_order)]
+
+    def sorts():
+        orders = (hashes(t, directions).argsort(dim=-1, stable=True) for t in (query, key))
+        return [order.sum(-1).double() for order in orders]
+
+    compare(
+        benchmark, ours, {"hash and sort": sorts}, op="hyper_attention", variant="plan",
+        length=length, units=(length, "tokens"), rounds=5,
     )  # fmt: skip
 
 
