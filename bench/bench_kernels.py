@@ -227,7 +227,7 @@ def test_hyper_attention(benchmark, request, length, is_causal):
         skipped["flex_attention"] = "half a minute to compile on a CPU: with --full only"
     forms, absent = available(wanted, *tensors, is_causal=is_causal)
     max_error = dict.fromkeys(forms, 1e-2)
-    for name, options in (("ours", {}), ("ours, samples", {"residual": "sample"})):
+    for name, options in (("ours", {}), ("ours, means", {"residual": "mean"})):
         forms[name] = partial(xk.hyper_attention, min_seq_len=HYPER_LEAST, **options)
     if is_causal and length & (length - 1):
         absent["hyper, published"] = "its halves must be even"

@@ -60,7 +60,8 @@ def tile_major(tensor: torch.Tensor) -> torch.Tensor:
 
 MAKERS: dict[str, Callable[..., Tensors]] = {
     "Gaussian": gaussian,
-    "clusters": clustered,
+    "128 clusters": clustered,
+    "64 tight clusters": lambda *a: clustered(*a, clusters=64, spread=0.3),
     "image-like": lambda *a: tuple(map(tile_major, image_like(*a))),
     "image-like, unrelated": lambda *a: tuple(map(tile_major, image_like(*a, related=False))),
     "photographs": lambda *a: tuple(map(tile_major, photographs(*a))),
@@ -76,6 +77,16 @@ def ours(**options: object) -> Callable[..., torch.Tensor]:
     return form
 
 
+def principal(*tensors: torch.Tensor, seed: int) -> torch.Tensor:
+    """Hyperplanes across the principal directions of each head's keys, given as `projections`."""
+    key = tensors[1] - tensors[1].mean(2, keepdim=True)
+    directions = torch.linalg.eigh((key.mT @ key)[0]).eigenvectors[..., -8:]
+    plan = xk.make_plan(*tensors[:2], min_seq_len=0, projections=directions, seed=seed)
+    out = xk.hyper_attention(*tensors, plan=plan)
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
 def forms() -> dict[str, Callable[..., torch.Tensor]]:
     """What is compared; the first is what the rest is divided by."""
     found: dict[str, Callable[..., torch.Tensor]] = {"published": published_hyper_attention}
@@ -85,6 +96,7 @@ def forms() -> dict[str, Callable[..., torch.Tensor]]:
         found[f"lsh, mean, {window} + {sample}"] = ours(block_size=window, sample_size=sample)
     found["lsh, none, 512"] = ours(block_size=512, residual="none")
     found["lsh, mean, 256 + 256, 8 bits"] = ours(lsh_num_projs=8)
+    found["principal, mean, 256 + 256, 8 bits"] = principal
     for residual in ("sample", "mean"):
         found[f"tile, {residual}, 256 + 256"] = ours(window="tile", residual=residual)
     for window, sample in ((384, 128), (128, 384)):

@@ -12,7 +12,7 @@ from .plan import Choices, Plan, Spec
 
 OP = "hyper_attention"
 WINDOWS = ("lsh", "tile")
-RESIDUALS = ("mean", "sample", "uniform", "none")
+RESIDUALS = ("sample", "mean", "uniform", "none")
 
 
 def hyper_attention(
@@ -30,7 +30,7 @@ def hyper_attention(
     lsh_num_projs: int = 7,
     min_seq_len: int = 4096,
     window: str = "lsh",
-    residual: str = "mean",
+    residual: str = "sample",
     memory_key: torch.Tensor | None = None,
     memory_value: torch.Tensor | None = None,
     plan: Plan | None = None,
@@ -62,8 +62,8 @@ def hyper_attention(
     min_seq_len: keys, memory included, up to which attention is exact.
     window: "lsh": queries and keys that hash alike meet. "tile": queries meet the keys around the
         same place, for tokens whose order is spatial (`stitch_regions(order="tile")`).
-    residual: "mean": mean key and value of each stratum of the ordered keys; every key gets a
-        gradient. "sample": one key of each stratum. "uniform": keys drawn with replacement, as
+    residual: "sample": one key of each stratum of the ordered keys. "mean": mean key and value of
+        each stratum; every key gets a gradient. "uniform": keys drawn with replacement, as
         published. "none": the window alone.
     memory_key, memory_value: `[B, heads or groups, M, D]`, both or neither; attended like other
         keys, never concatenated. Their gradients are computed only if either requires one.
@@ -118,7 +118,7 @@ def make_plan(
     lsh_num_projs: int = 7,
     min_seq_len: int = 4096,
     window: str = "lsh",
-    residual: str = "mean",
+    residual: str = "sample",
     projections: torch.Tensor | None = None,
     seed: int = 0,
     draw: torch.Tensor | None = None,

@@ -58,7 +58,7 @@ def explain(
     sample_size: int = 256,
     min_seq_len: int = 4096,
     window: str = "lsh",
-    residual: str = "mean",
+    residual: str = "sample",
     **ignored: Any,
 ) -> Explanation:
     """Which path `hyper_attention` takes for these tensors, why, and what memory it expects.

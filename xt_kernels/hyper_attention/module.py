@@ -21,7 +21,7 @@ class HyperAttention(torch.nn.Module):
         `hyper_attention` has them.
     cuda: accepted and ignored, with a DeprecationWarning: the tensors say where to run.
     window, residual: as `hyper_attention` has them. The authors' estimator has uniform samples
-        (residual="uniform"); means, the default, err less (docs/hyper_attention.md).
+        (residual="uniform"); docs/hyper_attention.md says what errs least where.
     layout: "bhnd" for `[B, heads, L, D]`, "bnhd" for `[B, L, heads, D]`.
     resample: in training, draw new samples in each call, from PyTorch's generator; a recomputation
         under activation checkpointing draws the same. Evaluation always takes those of the seed.
@@ -42,7 +42,7 @@ class HyperAttention(torch.nn.Module):
         cuda: object = None,
         *,
         window: str = "lsh",
-        residual: str = "mean",
+        residual: str = "sample",
         layout: str = "bhnd",
         resample: bool = True,
         seed: int = 0,
