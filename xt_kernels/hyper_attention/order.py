@@ -395,7 +395,7 @@ def aot_cases() -> Iterator[AotCase]:
         return AotCase(name, kernel, signature, constants, warps, 3)
 
     for dtype in ("bf16", "fp32"):
-        for head_dim in (64, 128, 256):
+        for head_dim in (64, 256):
             rows = rows_at_a_time(torch.bfloat16 if dtype == "bf16" else torch.float32, head_dim)
             common = {"HAS_MEMORY": True, "HEAD_DIM": head_dim, "BLOCK_D": head_dim, "ROWS": rows}
             name = f"{dtype}-d{head_dim}"
