@@ -1,7 +1,7 @@
-"""Streaming a file against the region encoder alone on the same batches already in memory.
+"""Streaming a file against the region encoder alone on the same batches already in memory, and a
+page that is mostly paper with and without reuse of equal regions.
 
-The two run side by side in one process, in turns; the median of the rounds' ratios is what the
-engine, the reading and the context encoder cost, extra_info["stream_over_encoder_only"].
+The two sides run in turns in one process; ratios are the median of the rounds', in extra_info.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import statistics
 import time
 import warnings
 
+import numpy as np
 import pytest
 import tifffile
 import torch
@@ -27,10 +28,10 @@ from xt_models.registry import RandomWeightsWarning
 BATCH = 16
 
 
-def ratio(times):
-    """Median over the rounds, without the first, of stream / encoder_only."""
-    pairs = zip(times["stream"][1:], times["encoder_only"][1:], strict=True)
-    return statistics.median(stream / alone for stream, alone in pairs)
+def ratio(times, over, under):
+    """Median over the rounds, without the first, of the ratio of two sides."""
+    pairs = zip(times[over][1:], times[under][1:], strict=True)
+    return statistics.median(a / b for a, b in pairs)
 
 
 def make_image(path, side):
@@ -96,7 +97,67 @@ def test_streaming_against_encoder_only(benchmark, tmp_path, encoder, context, s
         "image": f"{side} x {side} uint8, deflate, 256 px tiles",
         "regions": grid.num_regions,
         "regions_per_s": {name: grid.num_regions / s for name, s in seconds.items()},
-        "stream_over_encoder_only": ratio(wall),
-        "the_same_in_processor_time": ratio(processor),
+        "stream_over_encoder_only": ratio(wall, "stream", "encoder_only"),
+        "the_same_in_processor_time": ratio(processor, "stream", "encoder_only"),
+    }
+    source.close()
+
+
+def make_page(path, rows, cols, printed):
+    """A deflate TIFF of rows x cols regions of white paper, `printed` of them in a block of text:
+    photograph crops, none like another."""
+    scene = path.with_name("photo.tif")
+    write_scene(scene)
+    pixels = np.full((rows * 256, cols * 256, 3), 255, np.uint8)
+    with xm.open_image(scene) as source:
+        for k in range(printed):
+            top, left = k // (cols - 4) * 256 + 512, k % (cols - 4) * 256 + 512
+            crop = source.read(k // 26 * 256 + 11, k % 26 * 256 + 7, 256, 256)
+            pixels[top : top + 256, left : left + 256] = crop.transpose(1, 2, 0)
+    tifffile.imwrite(path, pixels, tile=(256, 256), compression="deflate", photometric="rgb")
+
+
+@pytest.mark.parametrize("encoder, context", [("convnext_atto", "xl"), ("swinv2_tiny", "xl")])
+def test_a_page_of_70_percent_paper(benchmark, tmp_path, encoder, context):
+    """An A4 page at 600 dpi, 28 x 20 regions of 256 px, 168 of them printed."""
+    make_page(tmp_path / "page.tif", 28, 20, 168)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RandomWeightsWarning)
+        model = xm.create_model(encoder, context=context)
+    source = xm.open_image(tmp_path / "page.tif")
+    runs = iter(range(1000))
+    wall = {"reuse": [], "plain": []}
+    processor = {"reuse": [], "plain": []}
+
+    def stream(reuse):
+        name = "reuse" if reuse else "plain"
+        out = tmp_path / f"{name}{next(runs)}"
+        start, work = time.perf_counter(), time.process_time()
+        result = xm.stream(model, source, out, batch_size=BATCH, preview=False, reuse=reuse)
+        wall[name].append(time.perf_counter() - start)
+        processor[name].append(time.process_time() - work)
+        return out, result
+
+    def both():
+        outs = []
+        for reuse in (True, False):
+            out, result = stream(reuse)
+            outs.append(out)
+            assert result.stats.reused == (391 if reuse else 0)
+        blocks = sorted(p.relative_to(outs[0]) for p in (outs[0] / "tokens.zarr" / "c").rglob("0"))
+        assert blocks
+        for block in blocks:
+            assert (outs[0] / block).is_dir() or (
+                (outs[0] / block).read_bytes() == (outs[1] / block).read_bytes()
+            ), block
+
+    benchmark.pedantic(both, rounds=4, iterations=1)
+    benchmark.extra_info |= {
+        "encoder": encoder,
+        "context": context,
+        "regions": 560,
+        "seconds": {name: statistics.median(times) for name, times in wall.items()},
+        "plain_over_reuse": ratio(wall, "plain", "reuse"),
+        "the_same_in_processor_time": ratio(processor, "plain", "reuse"),
     }
     source.close()

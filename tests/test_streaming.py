@@ -7,6 +7,7 @@ import os
 import random
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,6 +137,105 @@ def test_independent_of_batches_threads_and_read_order(readers, batch_size):
         close(ours[chunk], tokens)
         if batch_size == 3:
             assert torch.equal(ours[chunk], tokens)
+
+
+def page(dtype=np.uint8, seed=0):
+    """A page of 5 x 8 regions, the last row and column cut off: 70 % paper, print, a repeated
+    stamp, and a grey that is nearly the paper's."""
+    height, width = 4 * 64 + 20, 7 * 64 + 30
+    rng = np.random.default_rng(seed)
+    pixels = np.full((height, width, 3), 240, dtype)
+    for row, col in [(0, 1), (0, 2), (1, 1), (2, 5), (2, 6), (3, 0), (4, 3), (4, 7)]:
+        block = pixels[row * 64 : row * 64 + 64, col * 64 : col * 64 + 64]
+        block[:] = rng.integers(0, 255, block.shape)
+    for row, col in [(1, 3), (1, 6), (3, 4)]:
+        pixels[row * 64 : row * 64 + 64, col * 64 : col * 64 + 64] = pixels[:64, 64:128]
+    pixels[2 * 64 + 37, 3 * 64 + 41, 1] += 1
+    return pixels
+
+
+def encoded_and_tokens(model, source, **options):
+    ids = []
+    tokens = tokens_of(model, source, on_regions=lambda batch, _: ids.extend(batch), **options)
+    return ids, tokens
+
+
+@pytest.mark.parametrize("tiling", ["row", "zigzag", "two-stream"])
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_regions_with_identical_pixels_are_encoded_once(tiling, batch_size):
+    model = small(tiling=tiling)
+    source = xm.open_image(page(), axes="HWC")
+    plain, expected = encoded_and_tokens(model, source, batch_size=batch_size, reuse=False)
+    ids, ours = encoded_and_tokens(model, source, batch_size=batch_size)
+    assert len(plain) == 40 + 4 * (tiling == "two-stream")
+    # 8 of print, 1 nearly blank, blanks of 4 sizes but the corner is print: 3.
+    assert len(ids) == len(set(ids)) == 8 + 1 + 3
+    assert list(ours) == list(expected)
+    for chunk, tokens in expected.items():
+        assert torch.equal(ours[chunk], tokens)
+
+
+@pytest.mark.parametrize("context", ["xl", "hyper", None])
+def test_reuse_leaves_every_written_byte_as_it_was(context, tmp_path):
+    model = small(context, residual=context == "xl", num_classes=4)
+    source = xm.open_image(page(np.uint16), axes="HWC")
+    results = [
+        xm.stream(model, source, tmp_path / str(reuse), reuse=reuse) for reuse in (True, False)
+    ]
+    assert [r.stats.reused for r in results] == [28, 0]
+    assert results[0].stats.regions == results[1].stats.regions == 40
+    names = {p.relative_to(tmp_path / "True") for p in (tmp_path / "True").rglob("*")}
+    assert len(names) > 5
+    for name in names - {Path("embedding.json")}:
+        ours, plain = tmp_path / "True" / name, tmp_path / "False" / name
+        assert ours.is_dir() or ours.read_bytes() == plain.read_bytes(), name
+    np.testing.assert_array_equal(results[0].embedding, results[1].embedding)
+    np.testing.assert_array_equal(results[0].logits, results[1].logits)
+
+
+@pytest.mark.parametrize(
+    "limit", ["xt_models.encoding.CACHE_BYTES", "xt_models.streaming.MAX_WAITING"]
+)
+def test_reuse_within_the_smallest_limits(limit, monkeypatch):
+    model = small()
+    source = xm.open_image(page(), axes="HWC")
+    _, expected = encoded_and_tokens(model, source, reuse=False)
+    monkeypatch.setattr(limit, 1)
+    ids, ours = encoded_and_tokens(model, source)
+    assert len(ids) < 40
+    assert all(torch.equal(ours[chunk], tokens) for chunk, tokens in expected.items())
+
+
+def test_waiting_for_a_full_batch_is_bounded(monkeypatch):
+    monkeypatch.setattr("xt_models.streaming.MAX_WAITING", 30)
+    source = _SlowSource(xm.open_image(np.zeros((64, 64 * 200), np.uint8), axes="HW"))
+    model = small(in_chans=1)
+    next(stream_chunks(model, source, batch_size=16, readers=1))
+    assert source.reads < 6
+
+
+def test_bits_count_not_values():
+    pixels = np.zeros((64, 64 * 4, 1), np.float32)
+    pixels[:, 64:128] = -0.0
+    pixels[5, 200] = -0.0
+    source = xm.open_image(pixels, axes="HWC")
+    ids, _ = encoded_and_tokens(small(in_chans=1), source)
+    assert ids == [0, 1, 3]
+
+
+def test_nothing_is_reused_where_slots_of_a_batch_round_differently(monkeypatch):
+    model = small()
+    source = xm.open_image(page(), axes="HWC")
+    plain = model.region_encoder.forward
+
+    def uneven(regions):
+        return plain(regions) * (1 + torch.arange(len(regions))[:, None, None, None] * 1e-6)
+
+    monkeypatch.setattr(model.region_encoder, "forward", uneven)
+    ids, ours = encoded_and_tokens(model, source)
+    assert len(ids) == 40
+    expected = tokens_of(model, source, reuse=False)
+    assert all(torch.equal(ours[chunk], tokens) for chunk, tokens in expected.items())
 
 
 def test_reading_ahead_is_bounded():

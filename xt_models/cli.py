@@ -113,6 +113,8 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
                          help="Regions encoded at once."),
             click.option("--readers", type=click.IntRange(1), default=2, show_default=True,
                          help="Threads that read ahead."),
+            click.option("--reuse/--no-reuse", default=True, show_default=True,
+                         help="Encode regions with identical pixels once; the result is the same."),
         ]
     ):  # fmt: skip
         command = option(command)
@@ -235,7 +237,7 @@ def demo(out: Path | None) -> None:
     click.echo(f"Building {scene} from {PHOTOGRAPH}")
     write_scene(scene)
     with open_image(scene) as source:
-        options = {**_DEMO_OPTIONS, "batch_size": 16, "readers": 2, "bands": None, "fill": None}
+        options = _DEMO_OPTIONS
         model = _model(source, options)
         plan = _plan(model, source, out, options)
         _table(_plan_rows(plan))
@@ -250,7 +252,8 @@ def demo(out: Path | None) -> None:
 _DEMO_OPTIONS: dict[str, Any] = {
     "encoder": "convnext_atto", "context": "xl", "model_dir": None, "pretrained": False,
     "region": None, "chunk_regions": None, "memory_chunks": None, "tiling": None,
-    "mean": None, "std": None, "seed": 0, "device": "auto",
+    "mean": None, "std": None, "seed": 0, "device": "auto", "batch_size": 16, "readers": 2,
+    "bands": None, "fill": None, "reuse": True,
 }  # fmt: skip
 
 
@@ -537,6 +540,7 @@ def _run(
             source,
             out,
             fill=options["fill"],
+            reuse=options["reuse"],
             preview=preview,
             progress=bar.update,
             **_stream_options(options),
@@ -560,7 +564,8 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
 
 def _stats_rows(stats: StreamStats) -> list[tuple[str, str]]:
     return [
-        ("regions", f"{stats.regions:,}"),
+        ("regions", f"{stats.regions:,}"
+         + (f", {stats.reused:,} with the pixels of another" if stats.reused else "")),
         ("tokens", f"{stats.tokens:,}"),
         ("time", _seconds(stats.seconds)),
         ("speed", f"{stats.regions_per_s:.1f} regions/s"),

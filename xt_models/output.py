@@ -218,6 +218,16 @@ class Thumbnail:
             place = self.pixels[:, top : top + side, left : left + side]
             place.copy_(part[:, : place.shape[1], : place.shape[2]])
 
+    def repeat(self, region: int, twin: int) -> None:
+        """Shows `twin`, which passed by, in the place of `region` too."""
+        assert self.pixels is not None
+        side, cols = self._grid.region // self.cell, self._grid.cols
+        (top, left), (y, x) = (
+            (index // cols * side, index % cols * side) for index in (region, twin)
+        )
+        place = self.pixels[:, top : top + side, left : left + side]
+        place.copy_(self.pixels[:, y : y + place.shape[1], x : x + place.shape[2]])
+
     def rgb(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """The picture, `[h, w, 3]`: one band shows as grey, two as red and green."""
         assert self.pixels is not None

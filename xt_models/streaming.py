@@ -1,10 +1,11 @@
 """The walk of `XT.forward` over an image that does not fit: bounded memory, one direction.
 
 Reader threads fetch the windows of the next batches; the main thread cuts them into regions,
-encodes a batch, stitches its features into the token buffer of their chunk, and runs the context
-encoder when the chunk is complete. Live at any time: the windows of `readers + 2` batches, one
-batch of activations, the buffers of one or two chunks, and the memory of the context encoder. None
-of them depends on the size of the image.
+encodes full batches of regions that are new, stitches features into the token buffer of their
+chunk in visiting order, and runs the context encoder when the chunk is complete. Live at any time:
+the windows of `readers + 2` batches, one batch of activations, the regions kept for reuse, the
+buffer of one chunk, and the memory of the context encoder. None of them depends on the size of the
+image.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,33 +23,56 @@ import torch
 from xt_kernels.regions import RegionGrid
 
 from .context_encoder import Memory
+from .encoding import BatchEncoder, Features, Seen
 from .grid import Step
 from .host import current_rss, peak_rss, reset_peak_rss
 from .model import XT
+from .reading import Key, LeftOut, ReadAhead, Reader, Window, region_pixels
 from .source import ImageSource, SourceError, open_image
+
+MAX_WAITING = 1024
+"""Visits that may wait for a batch to fill. They hold no memory of their own: what stands behind
+the first of them is either in the same batch or kept for reuse anyway."""
 
 
 class ChunkTokens(NamedTuple):
     """One chunk out of the context encoder.
 
-    regions: its region numbers. tokens: `[L, C]`, row-major over the chunk, on the model's device.
-    summary: its part of the embedding, `[1, C]`. memory: what the next chunk will see, or None; a
-    model with memory="kv" writes over it in the next chunks.
+    regions: its region numbers, less those left out. tokens: `[L, C]`, row-major over them, on the
+    model's device. summary: its part of the embedding, `[1, C]`. memory: what the next chunk will
+    see, or None; a model with memory="kv" writes over it in the next chunks. left_out: why the
+    other regions of the chunk have no tokens.
     """
 
     regions: tuple[int, ...]
     tokens: torch.Tensor
     summary: torch.Tensor
     memory: Memory | None
+    left_out: dict[int, str]
+
+
+class Visit(NamedTuple):
+    """One region as the walk passes by. twin: the region whose features it takes, itself where they
+    were encoded for this visit or an earlier one; None if it is left out. reused: not for this one.
+    """
+
+    region: int
+    twin: int | None
+    reused: bool
 
 
 @dataclass(frozen=True)
 class StreamStats:
     """What a run cost, in bytes and seconds. Memory is resident memory of the process; the base is
     that before the first window was read, with the model loaded.
+
+    regions: visits, those of a first pass included; of these, `reused` had the pixels of a region
+    before them and `left_out` have no tokens.
     """
 
     regions: int
+    reused: int
+    left_out: int
     tokens: int
     chunks: int
     seconds: float
@@ -59,7 +82,7 @@ class StreamStats:
 
     @property
     def regions_per_s(self) -> float:
-        """Regions encoded a second, reading, context and writing included."""
+        """Regions visited a second, reading, context and writing included."""
         return self.regions / self.seconds
 
 
@@ -81,7 +104,9 @@ def stream_chunks(
     readers: int = 2,
     bands: Sequence[int] | None = None,
     fill: float | None = None,
+    reuse: bool = True,
     on_regions: Callable[[Sequence[int], torch.Tensor], None] | None = None,
+    on_visits: Callable[[Sequence[Visit]], None] | None = None,
 ) -> Iterator[ChunkTokens]:
     """Walks over the image and gives the tokens of each chunk as soon as they are there.
 
@@ -89,8 +114,10 @@ def stream_chunks(
     source: what `open_image` returns. bands: band numbers from 0, default all.
     batch_size: regions encoded at once. readers: threads that read ahead.
     fill: value for NaN and infinite pixels; None refuses them.
+    reuse: encode regions with identical pixels once; no bit of the result changes by it.
     on_regions: called with region numbers and normalised regions `[R, C, s, s]` of each batch, a
-        buffer that the next batch fills again.
+        buffer that the next batch fills again. Regions that are reused are not among them.
+    on_visits: called with the visits that are done, in the order of the walk.
 
     The tokens do not depend on batch_size, readers or the order in which reads finish, beyond the
     rounding of the backbone's own batched arithmetic.
@@ -102,42 +129,232 @@ def stream_chunks(
             raise ValueError(f"stream: {name} must be at least 1, got {value}.")
     grid = model.grid(source.height, source.width)
     steps = model.walk(grid)
-    visits = [(k, region) for k, step in enumerate(steps) for region in step.regions]
-    batches = [visits[i : i + batch_size] for i in range(0, len(visits), batch_size)]
+    order = [region for step in steps for region in step.regions]
+    # As even as can be: 17 regions in batches of up to 16 are two of 9, not one full and one of 1.
+    batch_size = -(-len(order) // -(-len(order) // batch_size))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    reader = Reader(source, grid, chosen, fill, keys=reuse)
+    walk = _Walk(model, source, grid, steps, BatchEncoder(model, batch_size), on_regions, on_visits)
+    with torch.inference_mode(), ReadAhead(reader.read, batches, readers) as results:
+        for windows in results:
+            for window in windows:
+                yield from walk.take(window)
+        yield from walk.finish()
 
-    def read(batch: list[tuple[int, int]]) -> list[_Window]:
-        regions = [region for _, region in batch]
-        return [_read_run(source, grid, run, chosen, fill) for run in _runs(regions, grid)]
 
-    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-    shape = min(batch_size, len(visits)), model.config.in_chans, grid.region, grid.region
-    buffer = torch.empty(shape, device=device, dtype=dtype)
-    pending: dict[int, _Chunk] = {}
-    memory: Memory | None = None
-    with torch.inference_mode(), _ReadAhead(read, batches, readers) as windows:
-        for batch, parts in zip(batches, windows, strict=True):
-            ids = [region for _, region in batch]
-            regions, filled = buffer[: len(ids)], 0
-            for w in parts:
-                part = regions[filled : filled + len(w.regions)]
-                model.extract(w.pixels.to(device), grid, w.regions, w.origin, out=part)
-                filled += len(w.regions)
-            if on_regions is not None:
-                on_regions(ids, regions)
-            features, raw = model.encode(regions)
-            at = 0
-            while at < len(batch):  # a batch may end one chunk and begin the next
-                k = batch[at][0]
-                end = at + sum(step == k for step, _ in batch[at:])
-                chunk = pending.setdefault(k, _Chunk(model, grid, steps[k]))
-                chunk.add(ids[at:end], features[at:end], None if raw is None else raw[at:end])
-                at = end
-                if chunk.missing:
-                    continue
-                del pending[k]
-                tokens, summary, memory = model.mix(chunk.tokens, chunk.raw, memory)
-                if steps[k].emit:
-                    yield ChunkTokens(steps[k].regions, tokens[0], summary, memory)
+class _Waiting(NamedTuple):
+    """A visit whose features may not be there yet, or a region that is left out."""
+
+    step: int
+    region: int
+    features: Features | LeftOut
+    reused: bool
+
+    @property
+    def is_ready(self) -> bool:
+        return isinstance(self.features, LeftOut) or self.features.batch is not None
+
+
+class _Walk:
+    """What is between the windows that come in and the chunks that go out."""
+
+    def __init__(
+        self,
+        model: XT,
+        source: ImageSource,
+        grid: RegionGrid,
+        steps: list[Step],
+        encoder: BatchEncoder,
+        on_regions: Callable[[Sequence[int], torch.Tensor], None] | None,
+        on_visits: Callable[[Sequence[Visit]], None] | None,
+    ) -> None:
+        self._model, self._grid, self._steps, self._encoder = model, grid, steps, encoder
+        self._on_regions, self._on_visits = on_regions, on_visits
+        self._step_of_visit = (k for k, step in enumerate(steps) for _ in step.regions)
+        width = model.num_features + (model.config.dim if model.output_proj is not None else 0)
+        tokens = (grid.region // model.stride) ** 2
+        pixels = source.bands * grid.region**2 * source.dtype.itemsize
+        self._seen = Seen(pixels + tokens * width * encoder.regions.element_size())
+        self._batch: list[Features] = []
+        self._waiting: deque[_Waiting] = deque()
+        self._chunk: _Chunk | None = None
+        self._memory: Memory | None = None
+
+    def take(self, window: Window) -> Iterator[ChunkTokens]:
+        """Puts the regions of a window in their batch; chunks that are complete come out."""
+        fresh: list[int] = []
+        for region, key in zip(window.regions, window.keys, strict=True):
+            features = key if isinstance(key, LeftOut) else self._reused(window, region, key)
+            reused = isinstance(features, Features)
+            if features is None:
+                features = Features(region)
+                if isinstance(key, Key):
+                    self._seen.add(key, self._pixels(window, region), features)
+                self._batch.append(features)
+                fresh.append(region)
+            step = next(self._step_of_visit)
+            self._waiting.append(_Waiting(step, region, features, reused))
+            if len(self._batch) == len(self._encoder.regions):
+                self._extract(window, fresh)
+                fresh = []
+                self._encode()
+                yield from self._done()
+        self._extract(window, fresh)
+        if len(self._waiting) > MAX_WAITING:
+            self._encode()
+        yield from self._done()
+
+    def finish(self) -> Iterator[ChunkTokens]:
+        """The chunks that still wait for a batch to fill."""
+        self._encode()
+        yield from self._done()
+
+    def _pixels(self, window: Window, region: int) -> np.ndarray[Any, np.dtype[Any]]:
+        return region_pixels(window.pixels.numpy(), self._grid, window.origin, region)
+
+    def _reused(self, window: Window, region: int, key: Key | None) -> Features | None:
+        """The features of an earlier region with the same pixels, if any can be had."""
+        if key is None:
+            return None
+        features = self._seen.find(key, self._pixels(window, region))
+        return features if features is not None and self._encoder.slots_agree() else None
+
+    def _extract(self, window: Window, regions: list[int]) -> None:
+        """Cuts regions, the last ones that the batch took, into its buffer."""
+        if not regions:
+            return
+        buffer, end = self._encoder.regions, len(self._batch)
+        part = buffer[end - len(regions) : end]
+        pixels = window.pixels.to(buffer.device)
+        self._model.extract(pixels, self._grid, regions, window.origin, out=part)
+
+    def _encode(self) -> None:
+        if not self._batch:
+            return
+        if self._on_regions is not None:
+            ids = [features.region for features in self._batch]
+            self._on_regions(ids, self._encoder.regions[: len(ids)])
+        batch, raw = self._encoder.encode()
+        for index, features in enumerate(self._batch):
+            features.settle(batch, raw, index)
+        self._batch.clear()
+
+    def _done(self) -> Iterator[ChunkTokens]:
+        """Stitches the visits that are ready, in the order of the walk."""
+        while self._waiting and self._waiting[0].is_ready:
+            k = self._waiting[0].step
+            group = []
+            while self._waiting and self._waiting[0].step == k and self._waiting[0].is_ready:
+                group.append(self._waiting.popleft())
+            if self._chunk is None:
+                self._chunk = _Chunk(self._model, self._grid, self._steps[k])
+            self._chunk.add(group)
+            if self._on_visits is not None:
+                self._on_visits([_visit(waiting) for waiting in group])
+            if not self._chunk.missing:
+                chunk, self._chunk = self._chunk, None
+                mixed = self._mix(chunk)
+                if self._steps[k].emit:
+                    yield mixed
+
+    def _mix(self, chunk: _Chunk) -> ChunkTokens:
+        left_out = chunk.left_out
+        regions = tuple(region for region in chunk.regions if region not in left_out)
+        if regions:
+            tokens, summary, self._memory = self._model.mix(chunk.tokens, chunk.raw, self._memory)
+        else:
+            tokens = self._encoder.regions.new_zeros(1, 0, self._model.num_features)
+            summary = tokens.sum(1)
+        return ChunkTokens(regions, tokens[0], summary, self._memory, left_out)
+
+
+def _visit(waiting: _Waiting) -> Visit:
+    features = waiting.features
+    twin = None if isinstance(features, LeftOut) else features.region
+    return Visit(waiting.region, twin, waiting.reused)
+
+
+class _Chunk:
+    """Token buffers of one chunk, filled by regions in any number and order."""
+
+    def __init__(self, model: XT, grid: RegionGrid, step: Step) -> None:
+        self._model, self._grid, self.regions = model, grid, step.regions
+        self.missing = len(step.regions)
+        self.left_out: dict[int, str] = {}
+        self._tokens: torch.Tensor | None = None
+        self._raw: torch.Tensor | None = None
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """`[1, L, C]`, without the places of regions that are left out."""
+        assert self._tokens is not None
+        return self._kept(self._tokens)
+
+    @property
+    def raw(self) -> torch.Tensor | None:
+        """`[1, L, D]` where the residual form needs them."""
+        return None if self._raw is None else self._kept(self._raw)
+
+    def add(self, group: list[_Waiting]) -> None:
+        """Stitches regions whose features are there, and notes those that are left out."""
+        self.missing -= len(group)
+        ids: list[int] = []
+        found: list[Features] = []
+        for waiting in group:
+            if isinstance(waiting.features, LeftOut):
+                self.left_out[waiting.region] = waiting.features.reason
+            else:
+                ids.append(waiting.region)
+                found.append(waiting.features)
+        if not ids:
+            return
+        batches, raws = zip(*_rows(found), strict=True)
+        self._tokens = self._put(self._tokens, ids, batches, position=True)
+        if raws[0] is not None:
+            self._raw = self._put(self._raw, ids, raws, position=False)
+
+    def _put(
+        self,
+        buffer: torch.Tensor | None,
+        ids: list[int],
+        parts: tuple[torch.Tensor, ...],
+        *,
+        position: bool,
+    ) -> torch.Tensor:
+        features = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if buffer is None:
+            length = self._grid.placement(self.regions, self._model.stride).length
+            buffer = features.new_empty(1, length, features.shape[-1])
+        return self._model.stitch(
+            features[None], self._grid, ids, self.regions, out=buffer, position=position
+        )
+
+    def _kept(self, tokens: torch.Tensor) -> torch.Tensor:
+        if not self.left_out:
+            return tokens
+        placement = self._grid.placement(self.regions, self._model.stride)
+        keep = torch.ones(placement.length, dtype=torch.bool)
+        for region in self.left_out:
+            start, pitch, height, width, _, _ = placement.table[placement.slots[region]].tolist()
+            keep.as_strided((height, width), (pitch, 1), start).zero_()
+        return tokens[:, keep.to(tokens.device)]
+
+
+def _rows(found: list[Features]) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Batch and raw rows of features in order, neighbours in one batch as one slice."""
+    first = 0
+    for i, features in enumerate(found):
+        after = found[i + 1] if i + 1 < len(found) else None
+        if (
+            after is not None
+            and after.batch is features.batch
+            and after.index == features.index + 1
+        ):
+            continue
+        assert features.batch is not None
+        rows = slice(found[first].index, features.index + 1)
+        first = i + 1
+        yield features.batch[rows], None if features.raw is None else features.raw[rows]
 
 
 def stream(
@@ -149,6 +366,7 @@ def stream(
     readers: int = 2,
     bands: Sequence[int] | None = None,
     fill: float | None = None,
+    reuse: bool = True,
     preview: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> StreamResult:
@@ -179,11 +397,16 @@ def stream(
     total: torch.Tensor | None = None
     thumbnail = Thumbnail(grid, model, opened) if preview and out is not None else None
 
-    def on_regions(ids: Sequence[int], regions: torch.Tensor) -> None:
-        if thumbnail is not None:
-            thumbnail.add(ids, regions)
+    reused = 0
+
+    def on_visits(visits: Sequence[Visit]) -> None:
+        nonlocal reused
+        for visit in visits:
+            reused += visit.reused
+            if thumbnail is not None and visit.twin is not None and visit.twin != visit.region:
+                thumbnail.repeat(visit.region, visit.twin)
         if progress is not None:
-            progress(len(ids))
+            progress(len(visits))
 
     try:
         with OutputFolder(out) as folder:
@@ -197,7 +420,9 @@ def stream(
                 readers=readers,
                 bands=bands,
                 fill=fill,
-                on_regions=on_regions,
+                reuse=reuse,
+                on_regions=None if thumbnail is None else thumbnail.add,
+                on_visits=on_visits,
             ):
                 if writer is not None:
                     writer.add(chunk.regions, chunk.tokens)
@@ -213,6 +438,8 @@ def stream(
             vector = embedding[0].float().cpu().numpy()
             stats = StreamStats(
                 regions=sum(len(step.regions) for step in model.walk(grid)),
+                reused=reused,
+                left_out=0,
                 tokens=rows * cols,
                 chunks=num_chunks,
                 seconds=time.perf_counter() - start,
@@ -250,104 +477,3 @@ def check_bands(model: XT, source: ImageSource, bands: Sequence[int] | None) -> 
             f"stream: bands must be {wanted} numbers in [0, {source.bands}), got {list(bands)}."
         )
     return list(bands)
-
-
-class _Window(NamedTuple):
-    """Pixels `[C, h, w]` that hold `regions`, with the (row, column) of their top left corner."""
-
-    regions: list[int]
-    origin: tuple[int, int]
-    pixels: torch.Tensor
-
-
-def _runs(regions: list[int], grid: RegionGrid) -> Iterator[list[int]]:
-    """Splits region numbers into runs of neighbours in one row, so that one read serves a run."""
-    run: list[int] = []
-    for region in regions:
-        if run and (region // grid.cols != run[-1] // grid.cols or abs(region - run[-1]) != 1):
-            yield run
-            run = []
-        run.append(region)
-    if run:
-        yield run
-
-
-def _read_run(
-    source: ImageSource,
-    grid: RegionGrid,
-    run: list[int],
-    bands: list[int] | None,
-    fill: float | None,
-) -> _Window:
-    top, left, height, _ = grid.box(min(run))
-    _, last, _, width = grid.box(max(run))
-    pixels = source.read(top, left, height, last + width - left)
-    if bands is not None:
-        pixels = pixels[bands]
-    if pixels.dtype.kind == "f":
-        finite = np.isfinite(pixels)
-        if not finite.all():
-            if fill is None:
-                band, y, x = (int(i) for i in np.argwhere(~finite)[0])
-                raise SourceError(
-                    f"{source.name}: expected finite pixels, found {pixels[band, y, x]} at row "
-                    f"{top + y}, column {left + x}, band {band + 1}; choose a value for such "
-                    f"pixels with fill (--fill)."
-                )
-            pixels = np.where(finite, pixels, pixels.dtype.type(fill))
-    return _Window(run, (top, left), torch.from_numpy(np.require(pixels, requirements=["C", "W"])))
-
-
-class _Chunk:
-    """Token buffers of one chunk, filled by regions in any number and order."""
-
-    def __init__(self, model: XT, grid: RegionGrid, step: Step) -> None:
-        self.model, self.grid, self.regions = model, grid, step.regions
-        self.missing = len(step.regions)
-        self._tokens: torch.Tensor | None = None
-        self.raw: torch.Tensor | None = None
-
-    @property
-    def tokens(self) -> torch.Tensor:
-        assert self._tokens is not None
-        return self._tokens
-
-    def add(self, ids: list[int], features: torch.Tensor, raw: torch.Tensor | None) -> None:
-        self._tokens = self._put(self._tokens, ids, features, position=True)
-        if raw is not None:
-            self.raw = self._put(self.raw, ids, raw, position=False)
-        self.missing -= len(ids)
-
-    def _put(
-        self, buffer: torch.Tensor | None, ids: list[int], features: torch.Tensor, *, position: bool
-    ) -> torch.Tensor:
-        if buffer is None:
-            length = self.grid.placement(self.regions, self.model.stride).length
-            buffer = features.new_empty(1, length, features.shape[-1])
-        return self.model.stitch(
-            features[None], self.grid, ids, self.regions, out=buffer, position=position
-        )
-
-
-class _ReadAhead:
-    """Results of `job` over `items` in order, computed by threads at most `readers + 1` ahead."""
-
-    def __init__(self, job: Callable[[Any], Any], items: Sequence[Any], readers: int) -> None:
-        self._job, self._items = job, iter(items)
-        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="xt-reader")
-        self._queue: deque[Future[Any]] = deque()
-        self._depth = readers + 1
-
-    def __enter__(self) -> Iterator[Any]:
-        return self._results()
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def _results(self) -> Iterator[Any]:
-        for item in self._items:
-            self._queue.append(self._pool.submit(self._job, item))
-            if len(self._queue) > self._depth:
-                yield self._queue.popleft().result()
-        while self._queue:
-            yield self._queue.popleft().result()
