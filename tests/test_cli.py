@@ -49,7 +49,7 @@ def test_help_answers_within_half_a_second():
         out = subprocess.run([*XT, "--help"], capture_output=True, text=True, check=True).stdout
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
-    for command in ("demo", "doctor", "info", "plan", "embed", "predict", "erf", "train"):
+    for command in ("demo", "doctor", "info", "plan", "embed", "predict", "verify", "erf", "train"):
         assert f"\n  {command} " in out
     assert min(times) < 0.5, times
 
@@ -115,7 +115,9 @@ def test_embed_is_reproducible_and_takes_its_options(scene, tmp_path):
     config = dict(zarr.open_array(str(tmp_path / "c" / "tokens.zarr"), mode="r").attrs)["config"]
     assert config["tiling"] == "zigzag" and config["memory_chunks"] == 2
     assert config["in_chans"] == 2 and config["mean"] == [0.2, 0.3] and config["std"] == [1, 2]
-    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["embedding.json", "tokens.zarr"]
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [
+        "embedding.json", "run.json", "tokens.zarr",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("context", ["xl", "hyper", "vit", "none"])
@@ -258,7 +260,7 @@ def long_scene(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_stopping_leaves_nothing_half_written(number, code, long_scene, tmp_path):
     process = run_whole(long_scene, tmp_path / "out")
     part = tmp_path / "out.part" / "tokens.zarr"
@@ -271,6 +273,56 @@ def test_stopping_leaves_nothing_half_written(number, code, long_scene, tmp_path
     assert process.returncode == code, err
     assert "Traceback" not in out + err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["long.tif"]
+
+
+def test_a_run_that_was_told_to_stop_goes_on(scene, tmp_path, monkeypatch):
+    from xt_models.streaming import stream
+
+    def stop(model, source, out, progress, **options):
+        def late(count):
+            progress(count)
+            if progress.__self__.n >= 9:
+                signal.raise_signal(signal.SIGTERM)
+
+        return stream(model, source, out, progress=late, checkpoint_seconds=0, **options)
+
+    assert xt("embed", scene, "-o", tmp_path / "whole", *SMALL, "--batch-size", 3).exit_code == 0
+    monkeypatch.setattr("xt_models.streaming.stream", stop)
+    result = xt("embed", scene, "-o", tmp_path / "out", *SMALL, "--batch-size", 3)
+    assert result.exit_code == 75
+    assert "Stopped: " in result.output and "the same command goes on from there" in result.output
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("xt_models.streaming.stream", stream)
+    refused(
+        xt("embed", scene, "-o", tmp_path / "out", *SMALL, "--batch-size", 4),
+        "settings batch_size was 3 and is 4",
+    )
+    result = xt("embed", scene, "-o", tmp_path / "out", *SMALL, "--batch-size", 3)
+    assert result.exit_code == 0 and "resumed      1 times" in result.output
+    maps = [zarr.open_array(str(tmp_path / n / "tokens.zarr"), mode="r") for n in ("whole", "out")]
+    np.testing.assert_array_equal(maps[0][:], maps[1][:])
+    verified = xt("verify", tmp_path / "out")
+    assert verified.exit_code == 0 and "every byte" in verified.output
+    (tmp_path / "out" / "preview.png").write_bytes(b"flipped")
+    result = xt("verify", tmp_path / "out")
+    refused(result, "is not what was written: 1 findings")
+    assert "preview.png was changed." in result.output
+    refused(xt("verify", tmp_path), "holds no run.json")
+
+
+def test_profile_tells_where_the_time_went(scene, tmp_path):
+    trace = tmp_path / "trace.json"
+    result = xt("embed", scene, "-o", tmp_path / "out", *SMALL, "--profile", trace)
+    assert result.exit_code == 0, result.output
+    shares = dict(re.findall(r"^  (\w+) +[\d.]+ s, ([\d.]+)%", result.output, re.MULTILINE))
+    assert list(shares) == [
+        "read", "decode", "copy", "encode", "stitch", "context", "write", "idle",
+    ]  # fmt: skip
+    assert all(float(share) > 0 for share in shares.values())
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {e["name"] for e in events if e["ph"] == "X"} == set(shares)
+    threads = {e["args"]["name"] for e in events if e["ph"] == "M"}
+    assert {"MainThread", "xt-reader_0", "xt-writer_0"} <= threads
 
 
 def test_a_full_disk_leaves_nothing(scene, tmp_path):

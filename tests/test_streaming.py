@@ -186,7 +186,7 @@ def test_reuse_leaves_every_written_byte_as_it_was(context, tmp_path):
     assert results[0].stats.regions == results[1].stats.regions == 40
     names = {p.relative_to(tmp_path / "True") for p in (tmp_path / "True").rglob("*")}
     assert len(names) > 5
-    for name in names - {Path("embedding.json")}:
+    for name in names - {Path("run.json")}:
         ours, plain = tmp_path / "True" / name, tmp_path / "False" / name
         assert ours.is_dir() or ours.read_bytes() == plain.read_bytes(), name
     np.testing.assert_array_equal(results[0].embedding, results[1].embedding)
@@ -271,7 +271,7 @@ def test_files_that_are_written(tmp_path):
     result = xm.stream(model, source, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "embedding.json", "preview.png", "tokens.zarr",
+        "embedding.json", "preview.png", "run.json", "tokens.zarr",
     ]  # fmt: skip
     array = zarr.open_array(str(tmp_path / "out" / "tokens.zarr"), mode="r")
     assert array.shape == (7, 11, 32) and array.dtype == np.float32
@@ -285,7 +285,8 @@ def test_files_that_are_written(tmp_path):
     np.testing.assert_array_equal(np.float32(record["embedding"]), result.embedding)
     assert sum(record["scores"]) == pytest.approx(1) and len(record["scores"]) == 6
     assert record["top"][0][0] == int(result.logits.argmax())
-    assert record["stats"]["regions"] == 24 and record["stats"]["tokens"] == 77
+    stats = json.loads((tmp_path / "out" / "run.json").read_text())["run"]["stats"]
+    assert stats["regions"] == 24 and stats["tokens"] == 77
     assert result.stats.chunks == 8 and result.stats.regions_per_s > 0
     assert result.stats.bytes_read > 0
 
@@ -359,7 +360,8 @@ def test_output_that_exists_is_kept(tmp_path):
         xm.stream(small(), scene(64, 64), tmp_path / "out")
     assert (tmp_path / "out" / "mine").read_text() == "kept"
     (tmp_path / "new.part").mkdir()
-    with pytest.raises(FileExistsError, match="another run is writing to it or was killed"):
+    (tmp_path / "new.part" / "mine").write_text("kept")
+    with pytest.raises(FileExistsError, match="holds mine and no journal of a run"):
         xm.stream(small(), scene(64, 64), tmp_path / "new")
     with pytest.raises(FileNotFoundError, match="does not exist: make it first"):
         xm.stream(small(), scene(64, 64), tmp_path / "no" / "out")

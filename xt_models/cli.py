@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from .train.table import Run
 
 _CONTEXTS = ("xl", "hyper", "vit")  # those of .model, which takes seconds to import
+STOPPED = 75
+"""Exit code of a run that was asked to end (SIGTERM) and can go on; EX_TEMPFAIL
+of sysexits.h."""
 
 
 class _Group(click.Group):
@@ -166,17 +169,63 @@ def plan_(image: Path, out: Path, **options: Any) -> None:
 @_image
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
 @click.option("--preview/--no-preview", default=True, show_default=True, help="Make preview.png.")
+@click.option("--profile", "trace", type=click.Path(path_type=Path), metavar="FILE",
+              help="Print where the time went; write a Chrome trace to FILE.")  # fmt: skip
 @_model_options
-def embed(image: Path, out: Path, preview: bool, **options: Any) -> None:
-    """Token map, embedding and preview of an image FILE of any size."""
-    from .output import check_output
+def embed(image: Path, out: Path, preview: bool, trace: Path | None, **options: Any) -> None:
+    """Token map, embedding and preview of an image FILE of any size.
 
-    check_output(out)
-    with _opened(image) as source:
+    Stopped in whatever way, the same command goes on where it was and gives the same bytes.
+    """
+    from .journal import part_of
+    from .profiling import Profile
+
+    part_of(out)
+    with _opened(image) as source, _resumable(out):
         model = _model(source, options)
-        result = _run(model, source, out, options, preview=preview)
-        _table(_stats_rows(result.stats))
-        click.echo(f"wrote {out}/: tokens.zarr, embedding.json" + ", preview.png" * preview)
+        profile = None if trace is None else Profile(next(model.parameters()).device)
+        result = _run(model, source, out, options, preview=preview, profile=profile)
+    _table(_stats_rows(result.stats))
+    if profile is not None and trace is not None:
+        click.echo("time went to")
+        _table([(f"  {n}", f"{_seconds(s)}, {share:.1%}") for n, s, share in profile.table()])
+        profile.write_trace(trace)
+        click.echo(f"wrote {trace}")
+    files = "tokens.zarr, embedding.json, run.json" + ", preview.png" * preview
+    click.echo(f"wrote {out}/: {files}")
+
+
+@contextmanager
+def _resumable(out: Path) -> Iterator[None]:
+    """Says whether the same command can go on, however the run ends."""
+    try:
+        yield
+    except BaseException as error:
+        kept = out.with_name(out.name + ".part").exists()
+        note = f"{out}.part is kept: the same command goes on from there."
+        if isinstance(error, SystemExit) and error.code == 143:
+            click.echo("\nStopped: " + (note if kept else "nothing was written."), err=True)
+            raise SystemExit(STOPPED) from None
+        if isinstance(error, KeyboardInterrupt):
+            click.echo("\nInterrupted: " + (note if kept else "nothing was written."), err=True)
+            raise SystemExit(130) from None
+        if isinstance(error, OSError) and kept and not isinstance(error, BlockingIOError):
+            click.echo(f"note: {note}", err=True)
+        raise
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+def verify(out: Path) -> None:
+    """Whether a folder OUT is, byte for byte, what a run wrote."""
+    from .journal import verify as verify_output
+
+    wrong = verify_output(out)
+    for line in wrong:
+        click.echo(line)
+    if wrong:
+        raise click.ClickException(f"{out} is not what was written: {len(wrong)} findings.")
+    click.echo(f"{out}: every byte is as it was written.")
 
 
 @main.command()
@@ -527,7 +576,7 @@ def _plan(model: XT, source: ImageSource, out: Path, options: dict[str, Any]) ->
 
 
 def _run(
-    model: XT, source: ImageSource, out: Path | None, options: dict[str, Any], preview: bool = True
+    model: XT, source: ImageSource, out: Path | None, options: dict[str, Any], **more: Any
 ) -> Any:
     from tqdm import tqdm
 
@@ -541,8 +590,8 @@ def _run(
             out,
             fill=options["fill"],
             reuse=options["reuse"],
-            preview=preview,
             progress=bar.update,
+            **more,
             **_stream_options(options),
         )
 
@@ -572,6 +621,8 @@ def _stats_rows(stats: StreamStats) -> list[tuple[str, str]]:
         ("peak memory", f"{_bytes(stats.peak_memory)}, "
          f"{_bytes(stats.peak_memory - stats.base_memory)} above the loaded model"),
         ("bytes read", _bytes(stats.bytes_read)),
+        *([("resumed", f"{stats.resumed} times; time and counts are of all parts")]
+          if stats.resumed else []),
     ]  # fmt: skip
 
 

@@ -10,10 +10,13 @@ image.
 
 from __future__ import annotations
 
+import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +29,10 @@ from .context_encoder import Memory
 from .encoding import BatchEncoder, Features, Seen
 from .grid import Step
 from .host import current_rss, peak_rss, reset_peak_rss
+from .journal import Run, identity_of, open_run
 from .model import XT
+from .output import Thumbnail, TokenMapWriter, WriteBehind, write_embedding, write_preview
+from .profiling import Profile, Spans, no_spans
 from .reading import Key, LeftOut, ReadAhead, Reader, Window, region_pixels
 from .source import ImageSource, SourceError, open_image
 
@@ -38,12 +44,13 @@ the first of them is either in the same batch or kept for reuse anyway."""
 class ChunkTokens(NamedTuple):
     """One chunk out of the context encoder.
 
-    regions: its region numbers, less those left out. tokens: `[L, C]`, row-major over them, on the
-    model's device. summary: its part of the embedding, `[1, C]`. memory: what the next chunk will
-    see, or None; a model with memory="kv" writes over it in the next chunks. left_out: why the
-    other regions of the chunk have no tokens.
+    step: its place in `model.walk`. regions: its region numbers, less those left out. tokens:
+    `[L, C]`, row-major over them, on the model's device. summary: its part of the embedding,
+    `[1, C]`. memory: what the next chunk will see, or None; a model with memory="kv" writes over it
+    in the next chunks. left_out: why the other regions of the chunk have no tokens.
     """
 
+    step: int
     regions: tuple[int, ...]
     tokens: torch.Tensor
     summary: torch.Tensor
@@ -67,7 +74,8 @@ class StreamStats:
     that before the first window was read, with the model loaded.
 
     regions: visits, those of a first pass included; of these, `reused` had the pixels of a region
-    before them and `left_out` have no tokens.
+    before them and `left_out` have no tokens. resumed: times that the run was taken up again; the
+    other numbers cover all its parts, but for memory.
     """
 
     regions: int
@@ -79,6 +87,7 @@ class StreamStats:
     bytes_read: int
     base_memory: int
     peak_memory: int
+    resumed: int
 
     @property
     def regions_per_s(self) -> float:
@@ -107,6 +116,9 @@ def stream_chunks(
     reuse: bool = True,
     on_regions: Callable[[Sequence[int], torch.Tensor], None] | None = None,
     on_visits: Callable[[Sequence[Visit]], None] | None = None,
+    spans: Spans = no_spans,
+    start: int = 0,
+    memory: Memory | None = None,
 ) -> Iterator[ChunkTokens]:
     """Walks over the image and gives the tokens of each chunk as soon as they are there.
 
@@ -118,6 +130,8 @@ def stream_chunks(
     on_regions: called with region numbers and normalised regions `[R, C, s, s]` of each batch, a
         buffer that the next batch fills again. Regions that are reused are not among them.
     on_visits: called with the visits that are done, in the order of the walk.
+    spans: takes the times of what the main thread does.
+    start, memory: begin with this step of `model.walk`, and the memory of the chunk before it.
 
     The tokens do not depend on batch_size, readers or the order in which reads finish, beyond the
     rounding of the backbone's own batched arithmetic.
@@ -132,11 +146,17 @@ def stream_chunks(
     order = [region for step in steps for region in step.regions]
     # As even as can be: 17 regions in batches of up to 16 are two of 9, not one full and one of 1.
     batch_size = -(-len(order) // -(-len(order) // batch_size))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    # Batches stay those of the whole walk: no region changes its slot for where the walk starts.
+    first = sum(len(step.regions) for step in steps[:start]) // batch_size * batch_size
+    batches = [order[i : i + batch_size] for i in range(first, len(order), batch_size)]
     reader = Reader(source, grid, chosen, fill, keys=reuse)
-    walk = _Walk(model, source, grid, steps, BatchEncoder(model, batch_size), on_regions, on_visits)
+    encoder = BatchEncoder(model, batch_size)
+    walk = _Walk(model, source, grid, steps, encoder, on_regions, on_visits, spans)
+    walk.begin([k for k, step in enumerate(steps) for _ in step.regions][first:], start, memory)
     with torch.inference_mode(), ReadAhead(reader.read, batches, readers) as results:
-        for windows in results:
+        for _ in batches:
+            with spans("idle"):
+                windows = next(results)
             for window in windows:
                 yield from walk.take(window)
         yield from walk.finish()
@@ -167,10 +187,11 @@ class _Walk:
         encoder: BatchEncoder,
         on_regions: Callable[[Sequence[int], torch.Tensor], None] | None,
         on_visits: Callable[[Sequence[Visit]], None] | None,
+        spans: Spans,
     ) -> None:
+        self._spans = spans
         self._model, self._grid, self._steps, self._encoder = model, grid, steps, encoder
         self._on_regions, self._on_visits = on_regions, on_visits
-        self._step_of_visit = (k for k, step in enumerate(steps) for _ in step.regions)
         width = model.num_features + (model.config.dim if model.output_proj is not None else 0)
         tokens = (grid.region // model.stride) ** 2
         pixels = source.bands * grid.region**2 * source.dtype.itemsize
@@ -178,7 +199,10 @@ class _Walk:
         self._batch: list[Features] = []
         self._waiting: deque[_Waiting] = deque()
         self._chunk: _Chunk | None = None
-        self._memory: Memory | None = None
+
+    def begin(self, steps: list[int], start: int, memory: Memory | None) -> None:
+        """steps: the step of each visit to come; visits before step `start` are only encoded."""
+        self._step_of_visit, self._start, self._memory = iter(steps), start, memory
 
     def take(self, window: Window) -> Iterator[ChunkTokens]:
         """Puts the regions of a window in their batch; chunks that are complete come out."""
@@ -225,8 +249,9 @@ class _Walk:
             return
         buffer, end = self._encoder.regions, len(self._batch)
         part = buffer[end - len(regions) : end]
-        pixels = window.pixels.to(buffer.device)
-        self._model.extract(pixels, self._grid, regions, window.origin, out=part)
+        with self._spans("copy"):
+            pixels = window.pixels.to(buffer.device)
+            self._model.extract(pixels, self._grid, regions, window.origin, out=part)
 
     def _encode(self) -> None:
         if not self._batch:
@@ -234,7 +259,8 @@ class _Walk:
         if self._on_regions is not None:
             ids = [features.region for features in self._batch]
             self._on_regions(ids, self._encoder.regions[: len(ids)])
-        batch, raw = self._encoder.encode()
+        with self._spans("encode"):
+            batch, raw = self._encoder.encode()
         for index, features in enumerate(self._batch):
             features.settle(batch, raw, index)
         self._batch.clear()
@@ -246,18 +272,22 @@ class _Walk:
             group = []
             while self._waiting and self._waiting[0].step == k and self._waiting[0].is_ready:
                 group.append(self._waiting.popleft())
+            if k < self._start:
+                continue
             if self._chunk is None:
                 self._chunk = _Chunk(self._model, self._grid, self._steps[k])
-            self._chunk.add(group)
+            with self._spans("stitch"):
+                self._chunk.add(group)
             if self._on_visits is not None:
                 self._on_visits([_visit(waiting) for waiting in group])
             if not self._chunk.missing:
                 chunk, self._chunk = self._chunk, None
-                mixed = self._mix(chunk)
+                with self._spans("context"):
+                    mixed = self._mix(k, chunk)
                 if self._steps[k].emit:
                     yield mixed
 
-    def _mix(self, chunk: _Chunk) -> ChunkTokens:
+    def _mix(self, step: int, chunk: _Chunk) -> ChunkTokens:
         left_out = chunk.left_out
         regions = tuple(region for region in chunk.regions if region not in left_out)
         if regions:
@@ -265,7 +295,7 @@ class _Walk:
         else:
             tokens = self._encoder.regions.new_zeros(1, 0, self._model.num_features)
             summary = tokens.sum(1)
-        return ChunkTokens(regions, tokens[0], summary, self._memory, left_out)
+        return ChunkTokens(step, regions, tokens[0], summary, self._memory, left_out)
 
 
 def _visit(waiting: _Waiting) -> Visit:
@@ -368,97 +398,209 @@ def stream(
     fill: float | None = None,
     reuse: bool = True,
     preview: bool = True,
+    checkpoint_seconds: float = 10.0,
     progress: Callable[[int], None] | None = None,
+    profile: Profile | None = None,
 ) -> StreamResult:
     """Runs `model` over an image of any size in bounded memory and writes the results as they come.
 
     source: an `ImageSource`, or anything that `open_image` takes.
-    out: folder to make, holding `tokens.zarr`, `embedding.json` and `preview.png`; must not exist.
-        It appears under its name only when it is complete. None writes nothing.
-    preview: make the picture. progress: called with the number of regions done since the last call.
+    out: folder to make, holding `tokens.zarr`, `embedding.json`, `preview.png` and `run.json`; must
+        not exist. It appears under its name only when it is complete. None writes nothing.
+    preview: make the picture.
+    checkpoint_seconds: how often the state of the run is saved in `<out>.part`. The same call after
+        a run that was stopped, in whatever way, goes on from there and gives the same bytes.
+    progress: called with the number of regions done since the last call.
+    profile: takes the times.
     The other arguments are those of `stream_chunks`.
 
-    Raises OSError for `out` and what `stream_chunks` raises; nothing is left then.
+    Raises OSError for `out`, ValueError if `<out>.part` is a run with another image, model or
+    setting, and what `stream_chunks` raises. Nothing is left then if no state was saved yet.
     """
-    from .output import OutputFolder, Thumbnail, TokenMapWriter, write_embedding, write_preview
-
     opened = source if isinstance(source, ImageSource) else open_image(source)
-    check_bands(model, opened, bands)
-    if not opened.height or not opened.width:
-        raise SourceError(f"{opened.name}: expected at least one pixel, found none.")
-    grid = model.grid(opened.height, opened.width)
     was_training = model.training
     model.eval()
-    reset_peak_rss()
-    base = current_rss()
-    read_before = opened.bytes_read
-    start = time.perf_counter()
-    num_chunks = 0
-    total: torch.Tensor | None = None
-    thumbnail = Thumbnail(grid, model, opened) if preview and out is not None else None
-
-    reused = 0
-
-    def on_visits(visits: Sequence[Visit]) -> None:
-        nonlocal reused
-        for visit in visits:
-            reused += visit.reused
-            if thumbnail is not None and visit.twin is not None and visit.twin != visit.region:
-                thumbnail.repeat(visit.region, visit.twin)
-        if progress is not None:
-            progress(len(visits))
-
+    spans = no_spans if profile is None else profile
+    opened.spans = spans
+    options: dict[str, Any] = {"batch_size": batch_size, "bands": bands, "fill": fill}
     try:
-        with OutputFolder(out) as folder:
-            writer = None
-            if folder is not None:
-                writer = TokenMapWriter(folder / "tokens.zarr", model, grid, opened)
-            for chunk in stream_chunks(
-                model,
-                opened,
-                batch_size=batch_size,
-                readers=readers,
-                bands=bands,
-                fill=fill,
-                reuse=reuse,
-                on_regions=None if thumbnail is None else thumbnail.add,
-                on_visits=on_visits,
-            ):
-                if writer is not None:
-                    writer.add(chunk.regions, chunk.tokens)
-                total = chunk.summary if total is None else total + chunk.summary
-                num_chunks += 1
-            assert total is not None
-            rows, cols = grid.token_shape(model.stride)
-            with torch.inference_mode():
-                embedding = model.embed(total, rows * cols)
-                logits = (
-                    None if model.head is None else model.head(embedding)[0].float().cpu().numpy()
-                )
-            vector = embedding[0].float().cpu().numpy()
-            stats = StreamStats(
-                regions=sum(len(step.regions) for step in model.walk(grid)),
-                reused=reused,
-                left_out=0,
-                tokens=rows * cols,
-                chunks=num_chunks,
-                seconds=time.perf_counter() - start,
-                bytes_read=opened.bytes_read - read_before,
-                base_memory=base,
-                peak_memory=peak_rss(),
-            )
-            if folder is not None and writer is not None:
-                writer.close()
-                write_embedding(folder / "embedding.json", model, opened, vector, logits, stats)
-                if thumbnail is not None:
-                    write_preview(
-                        folder / "preview.png", folder / "tokens.zarr", thumbnail, model, opened
-                    )
+        check_bands(model, opened, bands)
+        if not opened.height or not opened.width:
+            raise SourceError(f"{opened.name}: expected at least one pixel, found none.")
+        streamed = _Streamed(model, opened, spans)
+        with ExitStack() as stack:
+            if out is not None:
+                identity = identity_of(model, opened, options | {"preview": preview})
+                streamed.open(stack.enter_context(open_run(out, identity)), preview)
+            if streamed.stats is None:
+                streamed.run(checkpoint_seconds, progress, readers=readers, reuse=reuse, **options)
     finally:
         model.train(was_training)
+        opened.spans = no_spans
         if opened is not source:
             opened.close()
-    return StreamResult(vector, logits, stats, None if out is None else Path(out))
+        if profile is not None:
+            profile.finish()
+    assert streamed.stats is not None
+    where = None if out is None else Path(out)
+    return StreamResult(streamed.embedding, streamed.logits, streamed.stats, where)
+
+
+class _Streamed:
+    """One call of `stream`: sums over the chunks, and what is written of them."""
+
+    def __init__(self, model: XT, source: ImageSource, spans: Spans) -> None:
+        self._model, self._source, self._spans = model, source, spans
+        self._grid = model.grid(source.height, source.width)
+        self._run: Run | None = None
+        self._map: TokenMapWriter | None = None
+        self._thumbnail: Thumbnail | None = None
+        self._state: dict[str, Any] = {
+            "step": -1, "memory": None, "total": None, "visits": 0, "reused": 0, "chunks": 0,
+            "left_out": {}, "seconds": 0.0, "bytes_read": 0, "resumed": 0,
+        }  # fmt: skip
+        self.stats: StreamStats | None = None
+        self.embedding: np.ndarray[Any, np.dtype[np.float32]]
+        self.logits: np.ndarray[Any, np.dtype[np.float32]] | None = None
+
+    def open(self, run: Run, preview: bool) -> None:
+        """Takes up the run where it stands."""
+        self._run = run
+        if run.record is not None:  # all is written, and only the folder has not its name yet
+            written = json.loads((run.part / "embedding.json").read_text())
+            self.embedding = np.array(written["embedding"], dtype=np.float32)
+            if "logits" in written:
+                self.logits = np.array(written["logits"], dtype=np.float32)
+            self.stats = StreamStats(**run.record["stats"])
+            return
+        blocks = None
+        if run.state is not None:
+            device = next(self._model.parameters()).device
+            self._state = run.state
+            self._state["resumed"] += 1
+            blocks = self._state.pop("blocks")
+            for name in ("memory", "total"):
+                if self._state[name] is not None:
+                    self._state[name] = self._state[name].to(device)
+        if preview:
+            path = run.journal / "thumbnail"
+            self._thumbnail = Thumbnail(self._grid, self._model, self._source, path)
+        path = run.part / "tokens.zarr"
+        self._map = TokenMapWriter(path, self._model, self._grid, self._source, blocks)
+
+    def run(
+        self, checkpoint_seconds: float, progress: Callable[[int], None] | None, **options: Any
+    ) -> None:
+        """The walk from where the run stands to its end."""
+        state, before = self._state, dict(self._state)
+        reset_peak_rss()
+        base, read_before, start = current_rss(), self._source.bytes_read, time.perf_counter()
+        saved = start
+        if progress is not None and state["visits"]:
+            progress(state["visits"])
+
+        def on_visits(group: Sequence[Visit]) -> None:
+            # Visits come before the chunk that they complete, so a chunk's state counts them all.
+            state["visits"] += len(group)
+            for visit in group:
+                state["reused"] += visit.reused
+                if self._thumbnail is not None and visit.twin not in (None, visit.region):
+                    self._thumbnail.repeat(visit.region, visit.twin)
+            if progress is not None:
+                progress(len(group))
+
+        def count() -> None:
+            state["seconds"] = before["seconds"] + time.perf_counter() - start
+            state["bytes_read"] = before["bytes_read"] + self._source.bytes_read - read_before
+
+        with WriteBehind() as writer:
+            for chunk in stream_chunks(
+                self._model,
+                self._source,
+                on_regions=None if self._thumbnail is None else self._thumbnail.add,
+                on_visits=on_visits,
+                spans=self._spans,
+                start=state["step"] + 1,
+                memory=state["memory"],
+                **options,
+            ):
+                if self._map is not None:
+                    with self._spans("idle"):
+                        writer.submit(self._write, chunk)
+                total = state["total"]
+                state["total"] = chunk.summary if total is None else total + chunk.summary
+                state["step"], state["memory"] = chunk.step, chunk.memory
+                state["chunks"] += 1
+                state["left_out"] |= chunk.left_out
+                if self._run is not None and time.perf_counter() - saved >= checkpoint_seconds:
+                    count()
+                    with self._spans("idle"):
+                        writer.submit(self._checkpoint, _copy(state))
+                    saved = time.perf_counter()
+            count()
+            if self._run is not None:
+                writer.submit(self._checkpoint, _copy(state))
+            writer.wait()
+        self._finish(base)
+
+    def _write(self, chunk: ChunkTokens) -> None:
+        assert self._map is not None
+        with self._spans("write"):
+            self._map.add(chunk.regions, chunk.tokens)
+            self._map.leave_out(chunk.left_out)
+
+    def _checkpoint(self, state: dict[str, Any]) -> None:
+        assert self._run is not None and self._map is not None
+        with self._spans("write"):
+            if self._thumbnail is not None:
+                self._thumbnail.sync()
+            self._run.checkpoint(state | {"blocks": self._map.blocks}, self._map.written)
+            self._map.written.clear()
+
+    def _finish(self, base: int) -> None:
+        """Embedding, scores, stats, and the files that hold them."""
+        state, model = self._state, self._model
+        rows, cols = self._grid.token_shape(model.stride)
+        tokens = rows * cols
+        if state["left_out"]:
+            sizes = self._grid.placement(None, model.stride).table[list(state["left_out"]), 2:4]
+            tokens -= int(sizes.prod(1).sum())
+        with torch.inference_mode():
+            embedding = model.embed(state["total"], tokens)
+            self.embedding = embedding[0].float().cpu().numpy()
+            if model.head is not None:
+                self.logits = model.head(embedding)[0].float().cpu().numpy()
+        self.stats = StreamStats(
+            regions=state["visits"],
+            reused=state["reused"],
+            left_out=len(state["left_out"]),
+            tokens=tokens,
+            chunks=state["chunks"],
+            seconds=state["seconds"],
+            bytes_read=state["bytes_read"],
+            base_memory=base,
+            peak_memory=peak_rss(),
+            resumed=state["resumed"],
+        )
+        if self._run is None:
+            return
+        part = self._run.part
+        files = [part / "embedding.json"]
+        write_embedding(files[0], model, self._source, self.embedding, self.logits)
+        if self._thumbnail is not None:
+            files.append(part / "preview.png")
+            write_preview(files[1], part / "tokens.zarr", self._thumbnail, model, self._source)
+        left_out = {str(region): why for region, why in sorted(state["left_out"].items())}
+        self._run.finish({"stats": asdict(self.stats), "left_out": left_out}, files)
+
+
+def _copy(state: dict[str, Any]) -> dict[str, Any]:
+    """The state as it is now, on the CPU: memory may be written over in the next chunk."""
+    buffer = BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    copied: dict[str, Any] = torch.load(buffer, weights_only=True, map_location="cpu")
+    return copied
 
 
 def check_bands(model: XT, source: ImageSource, bands: Sequence[int] | None) -> list[int] | None:

@@ -10,6 +10,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from ..profiling import Spans, no_spans
+
 Array = np.ndarray[Any, Any]
 Window = tuple[int, int, int, int]  # top, left, height, width in pixels of a level
 
@@ -57,6 +59,7 @@ class ImageSource(ABC):
             ("EPSG:32633" or WKT), "transform" ([a, b, c, d, e, f]: x = a column + b row + c,
             y = d column + e row + f), "mpp" ([y, x], microns per pixel), "nodata".
         recipe: the callable and its arguments that make this source again; for pickle.
+        spans: takes the times of "read" and "decode".
     """
 
     height: int
@@ -70,6 +73,7 @@ class ImageSource(ABC):
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.spans: Spans = no_spans
         self._closed = False
         self._bytes_read = 0
         self._lock = threading.Lock()
@@ -106,7 +110,8 @@ class ImageSource(ABC):
                 )
         expect(not self._closed, self.name, "an open source", "one that was closed")
         try:
-            return self._read((top, left, height, width), level)
+            with self.spans("read"):
+                return self._read((top, left, height, width), level)
         except (SourceError, MemoryError):
             raise
         except Exception as error:

@@ -160,7 +160,8 @@ class TiffSource(FileSource):
             if page.compression == JPEG:
                 size = _jpeg_size(data, size, inside)
                 jfif = data[6:10] == b"JFIF"
-            tile = _decoder(_small_tiff(page, *size, jfif))(data, page.jpeg_tables)
+            with self.spans("decode"):
+                tile = _decoder(_small_tiff(page, *size, jfif))(data, page.jpeg_tables)
             if tile.shape != (*size, page.plane_samples):
                 raise ValueError(f"pixels of {list(tile.shape)}")
             return tile
