@@ -11,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 import zarr
 from PIL import Image
 
 import xt_models as xm
 from xt_models.host import available_memory, current_rss, free_disk, peak_rss, reset_peak_rss
+from xt_models.model import map_index
 from xt_models.source import SourceError
 from xt_models.streaming import stream_chunks
 
@@ -236,6 +238,111 @@ def test_nothing_is_reused_where_slots_of_a_batch_round_differently(monkeypatch)
     assert len(ids) == 40
     expected = tokens_of(model, source, reuse=False)
     assert all(torch.equal(ours[chunk], tokens) for chunk, tokens in expected.items())
+
+
+def test_regions_of_nodata_are_left_out(tmp_path):
+    """The tokens of the others are those of a model whose chunks hold only them."""
+    model = small(residual=True, num_classes=2)
+    pixels = page()
+    source = xm.open_image(pixels, axes="HWC")
+    source.metadata["nodata"] = 240
+    result = xm.stream(model, source, tmp_path / "out", drop="nodata", batch_size=4)
+    tokens = read_map(tmp_path / "out")
+    blank = tokens.isnan().all(-1)
+    assert (tokens.isnan().any(-1) == blank).all()
+    grid = model.grid(*pixels.shape[:2])
+    boxes = [grid.box(region) for region in range(40)]
+    kept = [
+        i for i, (y, x, h, w) in enumerate(boxes) if (pixels[y : y + h, x : x + w] != 240).any()
+    ]
+    assert len(kept) == 12 and result.stats.left_out == 28
+    expected = torch.zeros(10, 16, dtype=torch.bool)
+    for region in kept:
+        row, col = region // 8 * 2, region % 8 * 2
+        expected[row : row + 2, col : col + 2] = True
+    assert torch.equal(~blank, expected[: blank.shape[0], : blank.shape[1]])
+    assert result.stats.tokens == int((~blank).sum())
+    close(torch.from_numpy(result.embedding), tokens[~blank].mean(0))
+
+    memory = None
+    with torch.inference_mode():
+        regions = model.extract(torch.from_numpy(pixels).permute(2, 0, 1), grid)
+        features, raw = model.encode(regions)
+        for step in model.walk(grid):
+            chunk = [region for region in step.regions if region in kept]
+            if not chunk:
+                continue
+            sequence = model.stitch(features[None, chunk], grid, chunk, chunk)
+            plain = model.stitch(raw[None, chunk], grid, chunk, chunk, position=False)
+            mixed, _, memory = model.mix(sequence, plain, memory)
+            places = map_index(grid.placement(chunk, model.stride), grid, model.stride)
+            close(tokens.flatten(0, 1)[places], mixed[0])
+    assert Image.open(tmp_path / "out" / "preview.png").width == 2 * pixels.shape[1] + 8
+
+
+def test_nodata_that_is_not_a_number_is_left_out_before_it_is_refused():
+    pixels = scene(128, 128, 1, np.float32)
+    pixels[:64, :64] = np.nan
+    source = xm.open_image(pixels, axes="HWC")
+    source.metadata["nodata"] = "nan"
+    assert xm.stream(small(in_chans=1), source, drop="nodata").stats.left_out == 1
+    pixels[100, 100] = np.nan
+    with pytest.raises(SourceError, match="found nan at row 100, column 100"):
+        xm.stream(small(in_chans=1), source, drop="nodata")
+
+
+def test_dropping_is_refused_without_a_value_or_without_a_rest(tmp_path):
+    with pytest.raises(ValueError, match="array names no nodata value"):
+        xm.stream(small(), scene(64, 64), drop="nodata")
+    with pytest.raises(SourceError, match="found all left out"):
+        xm.stream(small(), np.zeros((70, 70, 3), np.uint8), tmp_path / "out", drop=0)
+
+
+def damaged_tiff(path, tiles):
+    tifffile.imwrite(path, scene(200, 330), tile=(64, 64), compression="deflate", photometric="rgb")
+    with tifffile.TiffFile(path) as file:
+        offsets = [file.pages[0].dataoffsets[tile] for tile in tiles]
+    with path.open("r+b") as raw:
+        for offset in offsets:
+            raw.seek(offset)
+            raw.write(b"\xff" * 64)
+
+
+def test_a_damaged_tile_stops_the_run_or_is_recorded(tmp_path):
+    path = tmp_path / "scene.tif"
+    damaged_tiff(path, [7, 8])
+    model = small()
+    with pytest.raises(SourceError, match=r"tile 7 .row 1, column 1. of level 0 in .* at byte \d"):
+        xm.stream(model, path, tmp_path / "out", batch_size=4)
+    with pytest.raises(ValueError, match="on_bad_tile must be 'stop' or 'mask', got 'skip'"):
+        xm.stream(model, path, on_bad_tile="skip")
+    result = xm.stream(model, path, tmp_path / "out", batch_size=4, on_bad_tile="mask")
+    assert result.stats.left_out == 2
+    nan = read_map(tmp_path / "out").isnan().all(-1)
+    assert nan.sum() == 8 and nan[2:4, 2:6].all()
+    record = json.loads((tmp_path / "out" / "run.json").read_text())["run"]["left_out"]
+    assert list(record) == ["7", "8"]
+    assert "tile 7 (row 1, column 1) of level 0" in record["7"] and "at byte" in record["7"]
+
+
+@pytest.mark.parametrize("late", [6, 24])
+def test_a_file_that_changes_while_it_is_read_stops_the_run(late, tmp_path):
+    path = tmp_path / "scene.tif"
+    tifffile.imwrite(path, scene(200, 330), tile=(64, 64), photometric="rgb")
+    visits = []
+
+    def change(count):
+        visits.append(count)
+        if sum(visits) == late:
+            with path.open("ab") as file:
+                file.write(b"more")
+
+    with pytest.raises(SourceError, match=r"scene.tif: .* one that changed while it was open"):
+        xm.stream(
+            small(), path, tmp_path / "out", batch_size=6, progress=change, on_bad_tile="mask"
+        )
+    assert sum(visits) >= late
+    assert not (tmp_path / "out").exists()
 
 
 def test_reading_ahead_is_bounded():

@@ -84,6 +84,13 @@ def _numbers(kind: type, low: float | None = None) -> Callable[..., Any]:
     return convert
 
 
+def _drop(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+    try:
+        return value if value in (None, "nodata") else float(str(value))
+    except ValueError:
+        raise click.BadParameter(f"expected nodata or a number, got {value!r}.") from None
+
+
 def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         [
@@ -112,6 +119,13 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--bands", callback=_numbers(int, 1),
                          help="Bands to use, numbered from 1, e.g. 4,3,2."),
             click.option("--fill", type=float, help="Value for NaN and infinite pixels."),
+            click.option("--drop", callback=_drop, metavar="VALUE",
+                         help="Leave out regions of nothing but this value; nodata is the image's "
+                         "own. Changes the result."),
+            click.option("--on-bad-tile", type=click.Choice(["stop", "mask"]), default="stop",
+                         show_default=True,
+                         help="What to do about a tile that does not decode: stop, or leave its "
+                         "regions out and record them."),
             click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True,
                          help="Regions encoded at once."),
             click.option("--readers", type=click.IntRange(1), default=2, show_default=True,
@@ -302,7 +316,7 @@ _DEMO_OPTIONS: dict[str, Any] = {
     "encoder": "convnext_atto", "context": "xl", "model_dir": None, "pretrained": False,
     "region": None, "chunk_regions": None, "memory_chunks": None, "tiling": None,
     "mean": None, "std": None, "seed": 0, "device": "auto", "batch_size": 16, "readers": 2,
-    "bands": None, "fill": None, "reuse": True,
+    "bands": None, "fill": None, "reuse": True, "drop": None, "on_bad_tile": "stop",
 }  # fmt: skip
 
 
@@ -590,6 +604,8 @@ def _run(
             out,
             fill=options["fill"],
             reuse=options["reuse"],
+            drop=options["drop"],
+            on_bad_tile=options["on_bad_tile"],
             progress=bar.update,
             **more,
             **_stream_options(options),
@@ -615,6 +631,8 @@ def _stats_rows(stats: StreamStats) -> list[tuple[str, str]]:
     return [
         ("regions", f"{stats.regions:,}"
          + (f", {stats.reused:,} with the pixels of another" if stats.reused else "")),
+        *([("left out", f"{stats.left_out:,} regions, named in run.json")]
+          if stats.left_out else []),
         ("tokens", f"{stats.tokens:,}"),
         ("time", _seconds(stats.seconds)),
         ("speed", f"{stats.regions_per_s:.1f} regions/s"),

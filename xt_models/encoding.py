@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .model import XT
-from .reading import Key, Pixels
+from .reading import Key, Pixels, same_bytes
 
 CACHE_BYTES = 16 << 20
 """Pixels and features kept of regions seen lately, in case they come again; and as much once more
@@ -107,7 +107,7 @@ class Seen:
             if key not in entries:
                 continue
             known, features = entries[key]
-            if known is not None and not np.array_equal(pixels, known):
+            if known is not None and not same_bytes(pixels, known):
                 continue
             if entries is self._lately:
                 del entries[key]

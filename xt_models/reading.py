@@ -18,7 +18,7 @@ import torch
 
 from xt_kernels.regions import RegionGrid
 
-from .source import ImageSource, SourceError
+from .source import DamagedTileError, ImageSource, SourceError
 
 Pixels = np.ndarray[Any, np.dtype[Any]]
 
@@ -57,7 +57,8 @@ class Reader:
     """Reads runs of regions of one image; safe from any thread.
 
     bands: band numbers from 0, None for all. fill: value for NaN and infinite pixels; None refuses
-    them. keys: whether to find keys.
+    them. keys: whether to find keys. drop: leave out regions all of whose pixels have this value.
+    mask_damage: leave out regions with a damaged tile instead of raising.
     """
 
     source: ImageSource
@@ -65,10 +66,29 @@ class Reader:
     bands: list[int] | None = None
     fill: float | None = None
     keys: bool = True
+    drop: float | None = None
+    mask_damage: bool = False
 
     def read(self, regions: Sequence[int]) -> list[Window]:
         """The windows of `regions`, in their order. Raises SourceError for what cannot be read."""
-        return [self._read_run(run) for run in runs(regions, self.grid)]
+        windows: list[Window] = []
+        for run in runs(regions, self.grid):
+            try:
+                windows.append(self._read_run(run))
+            except DamagedTileError as error:
+                if not self.mask_damage:
+                    raise
+                # One by one, so that the good ones are read.
+                windows += (
+                    [self._damaged(run[0], error)]
+                    if len(run) == 1
+                    else [window for region in run for window in self.read([region])]
+                )
+        return windows
+
+    def _damaged(self, region: int, error: DamagedTileError) -> Window:
+        top, left, _, _ = self.grid.box(region)
+        return Window([region], (top, left), torch.empty(0), [LeftOut(str(error))])
 
     def _read_run(self, run: list[int]) -> Window:
         top, left, height, _ = self.grid.box(min(run))
@@ -76,13 +96,28 @@ class Reader:
         pixels = self.source.read(top, left, height, last + width - left)
         if self.bands is not None:
             pixels = pixels[self.bands]
-        pixels = self._finite(pixels, top, left)
         keys: list[Key | LeftOut | None] = [None] * len(run)
+        if self.drop is not None:
+            keys = [self._dropped(region_pixels(pixels, self.grid, (top, left), i)) for i in run]
+        pixels = self._finite(pixels, top, left)
         if self.keys:
-            keys = [region_key(region_pixels(pixels, self.grid, (top, left), i)) for i in run]
+            keys = [
+                known or region_key(_bits(region_pixels(pixels, self.grid, (top, left), i)))
+                for i, known in zip(run, keys, strict=True)
+            ]
         return Window(
             run, (top, left), torch.from_numpy(np.require(pixels, requirements="W")), keys
         )
+
+    def _dropped(self, pixels: Pixels) -> LeftOut | None:
+        """Whether a region, `[C, h, w]`, holds nothing but the value to drop."""
+        value = self.drop
+        for part in (pixels[:, ::_SAMPLES, ::_SAMPLES], pixels):
+            if not (np.isnan(part) if value != value else part == value).all():
+                return None
+        if pixels.dtype.kind == "f":
+            pixels[:] = 0  # nobody looks at it again, but what is not finite is refused
+        return LeftOut("nodata")
 
     def _finite(self, pixels: Pixels, top: int, left: int) -> Pixels:
         if pixels.dtype.kind != "f":
@@ -101,10 +136,19 @@ class Reader:
 
 
 def region_pixels(pixels: Pixels, grid: RegionGrid, origin: tuple[int, int], region: int) -> Pixels:
-    """View `[C, h, w]` of one region in a window, its bytes as unsigned integers."""
+    """View `[C, h, w]` of one region in a window."""
     top, left, height, width = grid.box(region)
     y, x = top - origin[0], left - origin[1]
-    return pixels[:, y : y + height, x : x + width].view(f"u{pixels.dtype.itemsize}")
+    return pixels[:, y : y + height, x : x + width]
+
+
+def same_bytes(pixels: Pixels, others: Pixels) -> bool:
+    """Whether two regions have the same bytes, so that 0.0 is not -0.0."""
+    return np.array_equal(_bits(pixels), _bits(others))
+
+
+def _bits(pixels: Pixels) -> Pixels:
+    return pixels.view(f"u{pixels.dtype.itemsize}")
 
 
 def region_key(pixels: Pixels) -> Key:

@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -114,6 +114,8 @@ def stream_chunks(
     bands: Sequence[int] | None = None,
     fill: float | None = None,
     reuse: bool = True,
+    drop: float | Literal["nodata"] | None = None,
+    on_bad_tile: Literal["stop", "mask"] = "stop",
     on_regions: Callable[[Sequence[int], torch.Tensor], None] | None = None,
     on_visits: Callable[[Sequence[Visit]], None] | None = None,
     spans: Spans = no_spans,
@@ -127,6 +129,9 @@ def stream_chunks(
     batch_size: regions encoded at once. readers: threads that read ahead.
     fill: value for NaN and infinite pixels; None refuses them.
     reuse: encode regions with identical pixels once; no bit of the result changes by it.
+    drop: leave out the tokens of regions that hold nothing but this value, or but the image's own
+        nodata value. This changes the result: no other token sees them.
+    on_bad_tile: "stop" raises for a tile that does not decode; "mask" leaves out its regions.
     on_regions: called with region numbers and normalised regions `[R, C, s, s]` of each batch, a
         buffer that the next batch fills again. Regions that are reused are not among them.
     on_visits: called with the visits that are done, in the order of the walk.
@@ -149,7 +154,10 @@ def stream_chunks(
     # Batches stay those of the whole walk: no region changes its slot for where the walk starts.
     first = sum(len(step.regions) for step in steps[:start]) // batch_size * batch_size
     batches = [order[i : i + batch_size] for i in range(first, len(order), batch_size)]
-    reader = Reader(source, grid, chosen, fill, keys=reuse)
+    if on_bad_tile not in ("stop", "mask"):
+        raise ValueError(f"stream: on_bad_tile must be 'stop' or 'mask', got {on_bad_tile!r}.")
+    dropped, mask = drop_value(source, drop), on_bad_tile == "mask"
+    reader = Reader(source, grid, chosen, fill, keys=reuse, drop=dropped, mask_damage=mask)
     encoder = BatchEncoder(model, batch_size)
     walk = _Walk(model, source, grid, steps, encoder, on_regions, on_visits, spans)
     walk.begin([k for k, step in enumerate(steps) for _ in step.regions][first:], start, memory)
@@ -397,6 +405,8 @@ def stream(
     bands: Sequence[int] | None = None,
     fill: float | None = None,
     reuse: bool = True,
+    drop: float | Literal["nodata"] | None = None,
+    on_bad_tile: Literal["stop", "mask"] = "stop",
     preview: bool = True,
     checkpoint_seconds: float = 10.0,
     progress: Callable[[int], None] | None = None,
@@ -422,7 +432,12 @@ def stream(
     model.eval()
     spans = no_spans if profile is None else profile
     opened.spans = spans
-    options: dict[str, Any] = {"batch_size": batch_size, "bands": bands, "fill": fill}
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "bands": bands,
+        "fill": fill,
+        "drop": drop,
+    }
     try:
         check_bands(model, opened, bands)
         if not opened.height or not opened.width:
@@ -433,7 +448,8 @@ def stream(
                 identity = identity_of(model, opened, options | {"preview": preview})
                 streamed.open(stack.enter_context(open_run(out, identity)), preview)
             if streamed.stats is None:
-                streamed.run(checkpoint_seconds, progress, readers=readers, reuse=reuse, **options)
+                options |= {"readers": readers, "reuse": reuse, "on_bad_tile": on_bad_tile}
+                streamed.run(checkpoint_seconds, progress, **options)
     finally:
         model.train(was_training)
         opened.spans = no_spans
@@ -541,6 +557,7 @@ class _Streamed:
             if self._run is not None:
                 writer.submit(self._checkpoint, _copy(state))
             writer.wait()
+        self._source.check_unchanged()
         self._finish(base)
 
     def _write(self, chunk: ChunkTokens) -> None:
@@ -565,6 +582,11 @@ class _Streamed:
         if state["left_out"]:
             sizes = self._grid.placement(None, model.stride).table[list(state["left_out"]), 2:4]
             tokens -= int(sizes.prod(1).sum())
+        if not tokens:
+            first = next(iter(state["left_out"].values()))
+            raise SourceError(
+                f"{self._source.name}: expected a region to encode, found all left out ({first})."
+            )
         with torch.inference_mode():
             embedding = model.embed(state["total"], tokens)
             self.embedding = embedding[0].float().cpu().numpy()
@@ -601,6 +623,18 @@ def _copy(state: dict[str, Any]) -> dict[str, Any]:
     buffer.seek(0)
     copied: dict[str, Any] = torch.load(buffer, weights_only=True, map_location="cpu")
     return copied
+
+
+def drop_value(source: ImageSource, drop: float | str | None) -> float | None:
+    """The value whose regions are left out. Raises ValueError for "nodata" without one."""
+    if drop != "nodata":
+        return None if drop is None else float(drop)
+    value = source.metadata.get("nodata")
+    if value is None:
+        raise ValueError(
+            f"{source.name} names no nodata value: give the value to leave out with drop (--drop)."
+        )
+    return float(value)
 
 
 def check_bands(model: XT, source: ImageSource, bands: Sequence[int] | None) -> list[int] | None:

@@ -32,6 +32,10 @@ class SourceError(ValueError):
     """What cannot be read as an image; one sentence: name, what was expected, what was found."""
 
 
+class DamagedTileError(SourceError):
+    """A tile or strip that does not decode, in a file that is otherwise readable."""
+
+
 def expect(holds: object, name: str, expected: str, found: object) -> None:
     """Raise a `SourceError` about the file `name` unless `holds`."""
     if not holds:
@@ -122,6 +126,10 @@ class ImageSource(ABC):
     def bytes_read(self) -> int:
         """Bytes fetched from the file so far, as stored; bytes of windows where that is unknown."""
         return self._bytes_read
+
+    def check_unchanged(self) -> None:
+        """Raise `SourceError` if the file was written to since it was opened, where that shows."""
+        return None
 
     def close(self) -> None:
         """Let the file go; reading afterwards raises `SourceError`. Closing twice is fine."""

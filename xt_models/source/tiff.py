@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import Array, SourceError, Window, expect, reason
+from .base import Array, DamagedTileError, Window, expect, reason
 from .files import FileSource, bands_first, read_rows
 from .metadata import tiff_metadata
 from .tiff_page import (
@@ -170,7 +170,7 @@ class TiffSource(FileSource):
         except Exception as error:
             what = f"{page.segment} {index} (row {row}, column {column})"
             where = f"{count:,} bytes at byte {offset:,}"
-            raise SourceError(
+            raise DamagedTileError(
                 f"{self.name}: expected {what} of level {level} in {where}, "
                 f"found damaged data ({reason(error)})."
             ) from error
