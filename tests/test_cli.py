@@ -227,6 +227,7 @@ def test_bad_files_end_in_one_sentence(command, kind, tmp_path):
         (["--context", "lstm"], "'lstm' is not one of"),
         (["--context", "vit", "--tiling", "two-stream"], "tiling must be 'row' or 'zigzag' unless"),
         (["--batch-size", "0"], "0 is not in the range"),
+        (["--batch-size", "many"], "'many' is not a valid integer"),
     ],
 )
 def test_bad_options_end_in_one_sentence(words, message, scene, tmp_path):
@@ -262,7 +263,7 @@ def long_scene(tmp_path):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_stopping_leaves_nothing_half_written(number, code, long_scene, tmp_path):
-    process = run_whole(long_scene, tmp_path / "out")
+    process = run_whole(long_scene, tmp_path / "out", "--no-reuse")
     part = tmp_path / "out.part" / "tokens.zarr"
     limit = time.monotonic() + 60
     while not (part / "c").exists() and time.monotonic() < limit and process.poll() is None:
@@ -272,7 +273,10 @@ def test_stopping_leaves_nothing_half_written(number, code, long_scene, tmp_path
     out, err = process.communicate(timeout=30)
     assert process.returncode == code, err
     assert "Traceback" not in out + err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["long.tif"]
+    left = {p.name for p in tmp_path.iterdir()} - {"long.tif"}
+    # A slow machine may have saved its state before the signal came.
+    assert left <= {"out.part"}
+    assert ("is kept" if left else "nothing was written") in err
 
 
 def test_a_run_that_was_told_to_stop_goes_on(scene, tmp_path, monkeypatch):
@@ -310,6 +314,33 @@ def test_a_run_that_was_told_to_stop_goes_on(scene, tmp_path, monkeypatch):
     refused(xt("verify", tmp_path), "holds no run.json")
 
 
+def test_batch_size_by_measurement(scene, tmp_path, monkeypatch):
+    measured = []
+
+    def choose(model, source, readers, memory):
+        measured.append(memory)
+        return 5, {4: 0.25, 5: 0.2}
+
+    monkeypatch.setattr("xt_models.planning.choose_batch_size", choose)
+    for words, memory in ((["--batch-size", "auto"], None), (["--memory", "1.5GiB"], 3 << 29)):
+        out = tmp_path / words[0]
+        result = xt("embed", scene, "-o", out, *SMALL, *words)
+        assert result.exit_code == 0, result.output
+        assert "batch size 5 (4: 4.0, 5: 5.0 regions/s)" in result.output
+        assert measured.pop() == memory
+        record = json.loads((out / "run.json").read_text())["run"]
+        assert record["identity"]["settings"]["batch_size"] == 5
+        if memory is None:  # stopped and taken up again: not measured again
+            (out / "run.json").unlink()
+            journal = tmp_path / "--batch-size.part" / "journal"
+            out.rename(journal.parent)
+            journal.mkdir()
+            (journal / "identity.json").write_text(json.dumps(record["identity"]))
+            result = xt("embed", scene, "-o", out, *SMALL, *words)
+            assert "batch size 5 (that of the run so far)" in result.output and not measured
+    refused(xt("plan", scene, "--memory", "much"), "expected a size like 512MB or 8GB")
+
+
 def test_profile_tells_where_the_time_went(scene, tmp_path):
     trace = tmp_path / "trace.json"
     result = xt("embed", scene, "-o", tmp_path / "out", *SMALL, "--profile", trace)
@@ -318,7 +349,7 @@ def test_profile_tells_where_the_time_went(scene, tmp_path):
     assert list(shares) == [
         "read", "decode", "copy", "encode", "stitch", "context", "write", "idle",
     ]  # fmt: skip
-    assert all(float(share) > 0 for share in shares.values())
+    assert float(shares["encode"]) > 0
     events = json.loads(trace.read_text())["traceEvents"]
     assert {e["name"] for e in events if e["ph"] == "X"} == set(shares)
     threads = {e["args"]["name"] for e in events if e["ph"] == "M"}

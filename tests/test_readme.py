@@ -33,8 +33,10 @@ def shell_lines():
 def folder(tmp_path_factory):
     """A place with the files that the README speaks of: scene.tif and a saved model DIR."""
     folder = tmp_path_factory.mktemp("readme")
+    (folder / "images").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (300, 530, 3), dtype=np.uint8)
     tifffile.imwrite(folder / "scene.tif", pixels, tile=(256, 256), photometric="rgb")
+    tifffile.imwrite(folder / "images" / "scene.tif", pixels[:100, :100], photometric="rgb")
     model = xm.create_model("convnext_atto", dim=32, num_heads=2, num_classes=3)
     model.save_pretrained(folder / "DIR")
     return folder

@@ -5,6 +5,9 @@ outputs are whole or absent.
 import json
 import os
 import random
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -19,6 +22,7 @@ from PIL import Image
 import xt_models as xm
 from xt_models.host import available_memory, current_rss, free_disk, peak_rss, reset_peak_rss
 from xt_models.model import map_index
+from xt_models.planning import choose_batch_size
 from xt_models.source import SourceError
 from xt_models.streaming import stream_chunks
 
@@ -517,23 +521,130 @@ def test_plan_counts_what_the_run_then_does(tmp_path):
         assert 0 < plan.disk_free <= free_disk(tmp_path) * 1.5
 
 
+class _Blank(type(xm.open_image(np.zeros((1, 1), np.uint8)))):
+    """An array of any size that holds nothing but its first pixel."""
+
+    def __init__(self, height, width):
+        super().__init__("array", [np.full((1, 1), 7, np.uint8)], "yx", {})
+        self.height, self.width = height, width
+        self.level_sizes = ((height, width),)
+
+    def _read(self, window, level):
+        return np.full((1, *window[2:]), 7, np.uint8)
+
+
 def test_plan_works_out_long_sequences_from_two_short_ones(monkeypatch):
     def cost(model, tokens, device, dtype):
         return 3e-6 * tokens + 2e-9 * tokens**2, 1000 * tokens
 
     monkeypatch.setattr("xt_models.planning._mix_cost", cost)
-    monkeypatch.setattr("xt_models.planning._measure", lambda run, device: (0.01, 1 << 20))
-    source = xm.open_image(scene(64, 64))
-    source.height = source.width = 30_000
-    model = small("vit", chunk_regions=None, pool="mean")
-    plan, encode_only = xm.plan(model, source), xm.plan(small(None), source)
-    tokens = 938**2
+    for name in ("TRIAL_SECONDS", "SAMPLE_SECONDS"):
+        monkeypatch.setattr(f"xt_models.planning.{name}", 0.2)
+    source = _Blank(8192, 8192)
+    model = small("vit", chunk_regions=None, pool="mean", in_chans=1)
+    plan = xm.plan(model, source)
+    tokens = 256**2
     assert plan.chunk_tokens == plan.tokens == tokens
-    attention = 3e-6 * tokens + 2e-9 * tokens**2
-    assert plan.seconds == pytest.approx(attention + encode_only.seconds, rel=1e-6)
+    assert plan.seconds > 3e-6 * tokens + 2e-9 * tokens**2
     assert plan.memory > 1000 * tokens
+    assert plan.reused > 0.98
     monkeypatch.setattr("xt_models.planning.available_memory", lambda: 900 * tokens)
     assert plan.fits and not xm.plan(model, source).fits
+
+
+@pytest.mark.parametrize("blank", [False, True])
+def test_plan_foretells_the_time(blank, monkeypatch):
+    """Encoder, context and reads that take known times: a batch 40 ms, a chunk 20 ms."""
+    model = small(chunk_regions=8)
+    encode, mix = model.encode, model.mix
+
+    def slow_encode(regions):
+        time.sleep(0.04)
+        return encode(regions)
+
+    def slow_mix(*args):
+        time.sleep(0.02)
+        return mix(*args)
+
+    monkeypatch.setattr(model, "encode", slow_encode)
+    monkeypatch.setattr(model, "mix", slow_mix)
+    monkeypatch.setattr("xt_models.planning.TRIAL_SECONDS", 0.5)
+    pixels = scene(64 * 10, 64 * 16)
+    if blank:
+        pixels[64 * 4 :] = 255
+    source = xm.open_image(pixels)
+    plan = xm.plan(model, source, batch_size=4)
+    assert plan.reused == pytest.approx(95 / 160 if blank else 0, abs=0.01)
+    stats = xm.stream(model, source, batch_size=4).stats
+    assert stats.reused == (95 if blank else 0)
+    assert plan.seconds == pytest.approx(stats.seconds, rel=0.3)
+
+
+def test_plan_foretells_the_memory():
+    """In processes of their own, since what one run took stays with the process."""
+    code = """
+import sys, warnings
+from xt_models.host import keep_memory_flat
+keep_memory_flat()
+import numpy as np, torch
+import xt_models as xm
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+model = xm.create_model("convnext_atto", context="xl", seed=0)
+source = xm.open_image(np.random.default_rng(0).integers(0, 255, (2048, 2048, 3), dtype=np.uint8))
+if sys.argv[1] == "plan":
+    print(xm.plan(model, source).memory)
+else:
+    stats = xm.stream(model, source, sys.argv[2]).stats
+    print(stats.peak_memory - stats.base_memory)
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        numbers = [
+            int(subprocess.run([sys.executable, "-c", code, what, f"{folder}/out"],
+                               capture_output=True, text=True, check=True).stdout)
+            for what in ("plan", "run")
+        ]  # fmt: skip
+    assert numbers[0] == pytest.approx(numbers[1], rel=0.15), numbers
+
+
+def test_batch_size_is_chosen_by_measurement_within_memory(monkeypatch):
+    model, source = small(), xm.open_image(scene(64, 64))
+    costs = {1: (0.010, 10), 2: (0.012, 20), 4: (0.020, 40), 8: (0.0392, 80), 16: (0.09, 160)}
+
+    def measure(run, device):
+        seconds, mib = costs.get(len(run.args[0]), (9.0, 999))
+        return seconds, mib << 20
+
+    monkeypatch.setattr("xt_models.planning._measure", measure)
+    size, tried = choose_batch_size(model, source, memory=1 << 30)
+    assert size == 4 and tried[4] == 0.005  # 8 is 2 % faster and not worth twice the memory
+    assert choose_batch_size(model, source, memory=130 << 20)[0] == 2
+    with pytest.raises(ValueError, match="memory must hold one region's activations and 96 MiB"):
+        choose_batch_size(model, source, memory=50 << 20)
+
+
+def test_a_device_that_runs_out_of_memory_gets_half_the_batch(monkeypatch):
+    model, source = small(), xm.open_image(scene())
+    expected = tokens_of(model, source, batch_size=3)
+    plain, sizes = model.encode, []
+
+    def small_device(regions):
+        sizes.append(len(regions))
+        if len(regions) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return plain(regions)
+
+    monkeypatch.setattr(model, "encode", small_device)
+    ours = tokens_of(model, source, batch_size=12)
+    assert sizes == [12, 6, 3, 3, 3, 3, 3, 3, 3, 3]
+    assert all(torch.equal(ours[chunk], tokens) for chunk, tokens in expected.items())
+
+    def no_device(regions):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(model, "encode", no_device)
+    with pytest.raises(torch.OutOfMemoryError):
+        tokens_of(model, source, batch_size=12)
 
 
 def test_host_memory_is_measured():

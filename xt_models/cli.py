@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -91,6 +92,27 @@ def _drop(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
         raise click.BadParameter(f"expected nodata or a number, got {value!r}.") from None
 
 
+def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
+    """A number, or None for auto."""
+    if value == "auto":
+        return None
+    number: int = click.IntRange(1)(value, param, ctx)
+    return number
+
+
+def _memory(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """Bytes of "512MB", "8GB", "8GiB"."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"([\d.]+)\s*([KMGT]?)(i?)B?", value.strip(), re.IGNORECASE)
+    try:
+        assert match is not None
+        power = "KMGT".find(match[2].upper()) + 1 if match[2] else 0
+        return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    except (AssertionError, ValueError):
+        raise click.BadParameter(f"expected a size like 512MB or 8GB, got {value!r}.") from None
+
+
 def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         [
@@ -126,8 +148,12 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
                          show_default=True,
                          help="What to do about a tile that does not decode: stop, or leave its "
                          "regions out and record them."),
-            click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True,
-                         help="Regions encoded at once."),
+            click.option("--batch-size", callback=_batch_size, default="16", show_default=True,
+                         metavar="N|auto",
+                         help="Regions encoded at once; auto measures which number is fastest."),
+            click.option("--memory", callback=_memory, metavar="SIZE",
+                         help="What a run may take above the model, e.g. 8GB: batch size auto "
+                         "within it."),
             click.option("--readers", type=click.IntRange(1), default=2, show_default=True,
                          help="Threads that read ahead."),
             click.option("--reuse/--no-reuse", default=True, show_default=True,
@@ -180,19 +206,27 @@ def plan_(image: Path, out: Path, **options: Any) -> None:
 
 
 @main.command()
-@_image
+@click.argument("image", metavar="FILE|DIR|LIST", type=click.Path(path_type=Path))
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
 @click.option("--preview/--no-preview", default=True, show_default=True, help="Make preview.png.")
 @click.option("--profile", "trace", type=click.Path(path_type=Path), metavar="FILE",
               help="Print where the time went; write a Chrome trace to FILE.")  # fmt: skip
 @_model_options
 def embed(image: Path, out: Path, preview: bool, trace: Path | None, **options: Any) -> None:
-    """Token map, embedding and preview of an image FILE of any size.
+    """Token map, embedding and preview of an image FILE of any size, or of many: those in a folder
+    DIR, or in a text file LIST (.txt) of one path a line.
 
     Stopped in whatever way, the same command goes on where it was and gives the same bytes.
     """
     from .journal import part_of
+    from .manifest import is_many
     from .profiling import Profile
+
+    if is_many(image):
+        if trace is not None:
+            raise click.BadParameter("is of one image, not of many.", param_hint="--profile")
+        _embed_many(image, out, options, preview)
+        return
 
     part_of(out)
     with _opened(image) as source, _resumable(out):
@@ -207,6 +241,44 @@ def embed(image: Path, out: Path, preview: bool, trace: Path | None, **options: 
         click.echo(f"wrote {trace}")
     files = "tokens.zarr, embedding.json, run.json" + ", preview.png" * preview
     click.echo(f"wrote {out}/: {files}")
+
+
+def _embed_many(where: Path, out: Path, options: dict[str, Any], preview: bool) -> None:
+    from .journal import model_identity
+    from .manifest import MANIFEST, Image, embed_many, list_images, open_manifest
+
+    images = list_images(where)
+    with open_manifest(out) as manifest:
+        models: list[XT] = []
+
+        def embed_one(image: Image, folder: Path) -> None:
+            with _opened(image.path) as source:
+                if not models:
+                    model = _model(source, options)
+                    known = manifest.identity
+                    _set_batch_size(model, source, known and known["settings"], options)
+                    settings = {"preview": preview, **_stream_options(options)}
+                    settings |= {name: options[name] for name in ("fill", "drop")}
+                    try:
+                        del settings["readers"]
+                        manifest.begin(model_identity(model, settings))
+                    except ValueError as error:
+                        raise click.ClickException(str(error)) from None
+                    models.append(model)
+                _run(models[0], source, folder, options, preview=preview)
+
+        def tell(image: Image, how: str) -> None:
+            click.echo(f"{image.name}: {how}")
+
+        counts = embed_many(images, manifest, embed_one, tell)
+    click.echo(
+        f"{counts['done']} done, {counts['before']} done before, {counts['failed']} failed of "
+        f"{len(images)}; wrote {out / MANIFEST}"
+    )
+    if counts["failed"]:
+        raise click.ClickException(
+            f"{counts['failed']} of {len(images)} images failed; {out / MANIFEST} says why."
+        )
 
 
 @contextmanager
@@ -315,8 +387,8 @@ def demo(out: Path | None) -> None:
 _DEMO_OPTIONS: dict[str, Any] = {
     "encoder": "convnext_atto", "context": "xl", "model_dir": None, "pretrained": False,
     "region": None, "chunk_regions": None, "memory_chunks": None, "tiling": None,
-    "mean": None, "std": None, "seed": 0, "device": "auto", "batch_size": 16, "readers": 2,
-    "bands": None, "fill": None, "reuse": True, "drop": None, "on_bad_tile": "stop",
+    "mean": None, "std": None, "seed": 0, "device": "auto", "batch_size": 16, "memory": None,
+    "readers": 2, "bands": None, "fill": None, "reuse": True, "drop": None, "on_bad_tile": "stop",
 }  # fmt: skip
 
 
@@ -586,7 +658,9 @@ def _stream_options(options: dict[str, Any]) -> dict[str, Any]:
 def _plan(model: XT, source: ImageSource, out: Path, options: dict[str, Any]) -> Plan:
     from .planning import plan
 
-    return plan(model, source, out=out, **_stream_options(options))
+    _set_batch_size(model, source, None, options)
+    more = {name: options[name] for name in ("fill", "reuse", "drop")}
+    return plan(model, source, out=out, **more, **_stream_options(options))
 
 
 def _run(
@@ -594,10 +668,13 @@ def _run(
 ) -> Any:
     from tqdm import tqdm
 
+    from .journal import settings_of
     from .streaming import stream
 
+    _set_batch_size(model, source, None if out is None else settings_of(out), options)
     visits = sum(len(s.regions) for s in model.walk(model.grid(source.height, source.width)))
-    with tqdm(total=visits, unit=" regions", desc=Path(source.name).name, file=sys.stderr) as bar:
+    name = Path(source.name).name
+    with tqdm(total=visits, unit=" regions", desc=name, file=sys.stderr, leave=None) as bar:
         return stream(
             model,
             source,
@@ -612,11 +689,32 @@ def _run(
         )
 
 
+def _set_batch_size(
+    model: XT, source: ImageSource, settings: dict[str, Any] | None, options: dict[str, Any]
+) -> None:
+    """Measures the batch size where that was asked for, and says so; a run that goes on with
+    `settings` keeps its own."""
+    from .planning import choose_batch_size
+
+    if options["batch_size"] is not None and options["memory"] is None:
+        return
+    if settings is not None:
+        size, how = int(settings["batch_size"]), "that of the run so far"
+    else:
+        readers, memory = options["readers"], options["memory"]
+        size, tried = choose_batch_size(model, source, readers=readers, memory=memory)
+        how = ", ".join(f"{n}: {1 / each:.1f}" for n, each in tried.items()) + " regions/s"
+    click.echo(f"batch size {size} ({how})", err=True)
+    options |= {"batch_size": size, "memory": None}
+
+
 def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
     return [
         ("image", f"{plan.height:,} x {plan.width:,} px"),
         ("regions", f"{plan.rows} x {plan.cols} of {plan.region} px = {plan.regions:,}"
          + (f" ({plan.visits:,} visits)" if plan.visits != plan.regions else "")),
+        *([("reused", f"about {plan.reused:.0%}: equal to others, or left out")]
+          if plan.reused else []),
         ("tokens", f"{plan.tokens:,}"),
         ("chunks", f"{plan.chunks:,} of up to {plan.chunk_tokens:,} tokens"),
         ("expected time", _seconds(plan.seconds)),

@@ -57,26 +57,46 @@ class BatchEncoder:
     """`model.encode` on batches of one shape.
 
     regions: the buffer `[batch_size, C, s, s]` to fill. encode() may be called when only its first
-    rows are new; the others hold older regions, or zeros.
+    rows are new; the others hold older regions, or zeros. rows: how many are encoded at once.
     """
 
     def __init__(self, model: XT, batch_size: int) -> None:
         parameter = next(model.parameters())
         side = model.config.region
         self._model = model
+        self.rows = batch_size
         self.regions = torch.zeros(
             batch_size, model.config.in_chans, side, side,
             device=parameter.device, dtype=parameter.dtype,
         )  # fmt: skip
 
     def encode(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(features `[R, t, t, C]`, raw `[R, t, t, D]` or None) of the buffer."""
-        return self._model.encode(self.regions)
+        """(features `[R, t, t, C]`, raw `[R, t, t, D]` or None) of the buffer.
+
+        Where the device has no memory for all rows at once, half as many are encoded at a time,
+        from then on. Raises torch.OutOfMemoryError if there is none for one row.
+        """
+        parts = None
+        while parts is None:
+            try:
+                starts = range(0, len(self.regions), self.rows)
+                parts = [self._model.encode(self.regions[i : i + self.rows]) for i in starts]
+            except torch.OutOfMemoryError:
+                if self.rows == 1:
+                    raise
+                self.rows = -(-self.rows // 2)
+            # Outside the handler: its traceback holds the activations of the attempt.
+            if parts is None and self.regions.is_cuda:
+                torch.cuda.empty_cache()
+        if len(parts) == 1:
+            return parts[0]
+        features, raw = zip(*parts, strict=True)
+        return torch.cat(features), None if raw[0] is None else torch.cat(raw)
 
     def slots_agree(self) -> bool:
         """Whether a region's features do not depend on its slot, bit for bit. Encodes one batch the
         first time that it is asked for a model, shape, type and number of threads."""
-        regions = self.regions
+        regions = self.regions[: self.rows]
         key = (regions.shape, regions.dtype, regions.device, torch.get_num_threads())
         known = _AGREE.setdefault(self._model, {})
         if key not in known:

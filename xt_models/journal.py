@@ -115,10 +115,10 @@ class Run:
         return facts
 
     def _check_same(self, known: dict[str, Any]) -> None:
-        changes = list(_changes(known, json.loads(json.dumps(self._identity))))
-        if changes:
+        found = list(changes(known, json.loads(json.dumps(self._identity))))
+        if found:
             raise ValueError(
-                f"{self.part} was begun differently: {'; '.join(changes[:4])}. Repeat the command "
+                f"{self.part} was begun differently: {'; '.join(found[:4])}. Repeat the command "
                 f"as it was, or remove {self.part} to start again."
             )
 
@@ -165,6 +165,16 @@ class Run:
                     path.rmdir()
             elif path not in keep:
                 path.unlink()
+
+
+def settings_of(out: str | Path) -> dict[str, Any] | None:
+    """The settings of the run that stopped on its way to `out`, None if there is none."""
+    try:
+        identity = json.loads((Path(f"{out}.part") / "journal" / "identity.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    settings: dict[str, Any] = identity["settings"]
+    return settings
 
 
 def part_of(out: str | Path) -> Path:
@@ -228,9 +238,19 @@ def locked(folder: Path) -> Iterator[None]:
 def verify(out: str | Path) -> list[str]:
     """What is wrong with a finished output folder, one sentence each; nothing if all is well.
 
-    Every byte counts: of each file, and of `run.json` itself.
+    Every byte counts: of each file, and of `run.json` itself. Of the folder of many images, those
+    of each image that its manifest calls done.
     """
+    from .manifest import MANIFEST, Manifest
+
     folder = Path(out)
+    if (folder / MANIFEST).is_file():
+        return [
+            f"{name}: {line}"
+            for name, entry in Manifest(folder).entries.items()
+            if entry["status"] == "done"
+            for line in _verify_image(folder / name, entry["sha256"])
+        ]
     if not (folder / RECORD).is_file():
         raise FileNotFoundError(f"{folder} holds no {RECORD}: it is not the output of a run.")
     record = read_record(folder)
@@ -248,6 +268,14 @@ def verify(out: str | Path) -> list[str]:
     return wrong
 
 
+def _verify_image(folder: Path, sha256: str) -> list[str]:
+    if not (folder / RECORD).is_file():
+        return [f"{RECORD} is missing."]
+    if hashlib.sha256((folder / RECORD).read_bytes()).hexdigest() != sha256:
+        return [f"{RECORD} was changed."]
+    return verify(folder)
+
+
 def read_record(folder: Path) -> dict[str, Any] | None:
     """What `run.json` holds, or None if a byte of it was changed."""
     data = (folder / RECORD).read_bytes()
@@ -263,6 +291,11 @@ def identity_of(model: XT, source: ImageSource, settings: dict[str, Any]) -> dic
 
     Of a file, its size, time of change, first and last 64 KiB; of an array, every pixel.
     """
+    return {"image": _image_facts(source)} | model_identity(model, settings)
+
+
+def model_identity(model: XT, settings: dict[str, Any]) -> dict[str, Any]:
+    """That part of `identity_of` which many images share."""
     import torch
 
     import xt_kernels
@@ -278,7 +311,6 @@ def identity_of(model: XT, source: ImageSource, settings: dict[str, Any]) -> dic
     else:
         machine["threads"] = torch.get_num_threads()
     return {
-        "image": _image_facts(source),
         "model": {"weights": weights.hexdigest(), **asdict(model.config)},
         "settings": settings,
         "machine": machine | {"xt_kernels": xt_kernels.__version__},
@@ -312,11 +344,11 @@ def _image_facts(source: ImageSource) -> dict[str, Any]:
     return facts | {"sha256": digest.hexdigest()}
 
 
-def _changes(was: Any, now: Any, place: str = "") -> Iterator[str]:
+def changes(was: Any, now: Any, place: str = "") -> Iterator[str]:
     """One phrase for each value that differs."""
     if isinstance(was, dict) and isinstance(now, dict):
         for key in {**was, **now}:
-            yield from _changes(was.get(key), now.get(key), f"{place} {key}".strip())
+            yield from changes(was.get(key), now.get(key), f"{place} {key}".strip())
     elif was != now:
         yield f"{place} was {was} and is {now}"
 

@@ -80,6 +80,10 @@ class Profile:
         beside the main thread, so shares may add up to more than 1."""
         return [(name, self.seconds[name], self.seconds[name] / self.wall) for name in NAMES]
 
+    def lengths(self, name: str) -> list[float]:
+        """Seconds of each span of a name, in order."""
+        return [length for known, _, _, length in self._events if known == name]
+
     def write_trace(self, path: Path) -> None:
         """Writes what chrome://tracing and ui.perfetto.dev show, in microseconds."""
         names: list[dict[str, Any]] = [
