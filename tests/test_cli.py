@@ -317,7 +317,7 @@ def test_a_run_that_was_told_to_stop_goes_on(scene, tmp_path, monkeypatch):
 def test_batch_size_by_measurement(scene, tmp_path, monkeypatch):
     measured = []
 
-    def choose(model, source, readers, memory):
+    def choose(model, source, readers, memory, precision):
         measured.append(memory)
         return 5, {4: 0.25, 5: 0.2}
 

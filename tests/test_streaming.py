@@ -22,7 +22,7 @@ from PIL import Image
 import xt_models as xm
 from xt_models.host import available_memory, current_rss, free_disk, peak_rss, reset_peak_rss
 from xt_models.model import map_index
-from xt_models.planning import choose_batch_size
+from xt_models.planning import choose_batch_size, choose_precision
 from xt_models.source import SourceError
 from xt_models.streaming import stream_chunks
 
@@ -558,9 +558,9 @@ def test_plan_foretells_the_time(blank, monkeypatch):
     model = small(chunk_regions=8)
     encode, mix = model.encode, model.mix
 
-    def slow_encode(regions):
+    def slow_encode(*args):
         time.sleep(0.04)
-        return encode(regions)
+        return encode(*args)
 
     def slow_mix(*args):
         time.sleep(0.02)
@@ -612,7 +612,7 @@ def test_batch_size_is_chosen_by_measurement_within_memory(monkeypatch):
     costs = {1: (0.010, 10), 2: (0.012, 20), 4: (0.020, 40), 8: (0.0392, 80), 16: (0.09, 160)}
 
     def measure(run, device):
-        seconds, mib = costs.get(len(run.args[0]), (9.0, 999))
+        seconds, mib = costs.get(len(run.__self__.regions), (9.0, 999))
         return seconds, mib << 20
 
     monkeypatch.setattr("xt_models.planning._measure", measure)
@@ -623,12 +623,37 @@ def test_batch_size_is_chosen_by_measurement_within_memory(monkeypatch):
         choose_batch_size(model, source, memory=50 << 20)
 
 
+def test_the_region_encoder_in_another_precision(tmp_path):
+    model = small(num_classes=2)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    exact = xm.stream(model, page(), tmp_path / "exact")
+    rough = xm.stream(model, page(), tmp_path / "rough", precision="bfloat16")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    difference = np.abs(rough.embedding - exact.embedding).max() / np.abs(exact.embedding).max()
+    assert 0 < difference < 0.05
+    assert rough.stats.reused == exact.stats.reused == 28
+    same = xm.stream(model, page(), tmp_path / "again", precision="bfloat16", reuse=False)
+    np.testing.assert_array_equal(same.embedding, rough.embedding)
+    same = xm.stream(model, page(), precision="float32")
+    np.testing.assert_array_equal(same.embedding, exact.embedding)
+
+
+@pytest.mark.parametrize("gain, chosen", [(1.1, "float32"), (1.5, "bfloat16")])
+def test_precision_is_chosen_by_measurement(gain, chosen, monkeypatch):
+    def measure(run, device):
+        return (1.0 if run.__self__.regions.dtype == torch.float32 else 1 / gain), 0
+
+    monkeypatch.setattr("xt_models.planning._measure", measure)
+    name, speeds = choose_precision(small())
+    assert name == chosen and speeds["bfloat16"] == pytest.approx(4 * gain)
+
+
 def test_a_device_that_runs_out_of_memory_gets_half_the_batch(monkeypatch):
     model, source = small(), xm.open_image(scene())
     expected = tokens_of(model, source, batch_size=3)
     plain, sizes = model.encode, []
 
-    def small_device(regions):
+    def small_device(regions, *rest):
         sizes.append(len(regions))
         if len(regions) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -639,7 +664,7 @@ def test_a_device_that_runs_out_of_memory_gets_half_the_batch(monkeypatch):
     assert sizes == [12, 6, 3, 3, 3, 3, 3, 3, 3, 3]
     assert all(torch.equal(ours[chunk], tokens) for chunk, tokens in expected.items())
 
-    def no_device(regions):
+    def no_device(regions, *rest):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(model, "encode", no_device)

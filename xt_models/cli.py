@@ -148,6 +148,9 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
                          show_default=True,
                          help="What to do about a tile that does not decode: stop, or leave its "
                          "regions out and record them."),
+            click.option("--precision", default="float32", show_default=True,
+                         type=click.Choice(["float32", "bfloat16", "auto"]),
+                         help="Of the region encoder; auto measures whether bfloat16 is faster."),
             click.option("--batch-size", callback=_batch_size, default="16", show_default=True,
                          metavar="N|auto",
                          help="Regions encoded at once; auto measures which number is fastest."),
@@ -256,9 +259,9 @@ def _embed_many(where: Path, out: Path, options: dict[str, Any], preview: bool) 
                 if not models:
                     model = _model(source, options)
                     known = manifest.identity
-                    _set_batch_size(model, source, known and known["settings"], options)
+                    _measure_options(model, source, known and known["settings"], options)
                     settings = {"preview": preview, **_stream_options(options)}
-                    settings |= {name: options[name] for name in ("fill", "drop")}
+                    settings |= {name: options[name] for name in ("fill", "drop", "precision")}
                     try:
                         del settings["readers"]
                         manifest.begin(model_identity(model, settings))
@@ -388,7 +391,8 @@ _DEMO_OPTIONS: dict[str, Any] = {
     "encoder": "convnext_atto", "context": "xl", "model_dir": None, "pretrained": False,
     "region": None, "chunk_regions": None, "memory_chunks": None, "tiling": None,
     "mean": None, "std": None, "seed": 0, "device": "auto", "batch_size": 16, "memory": None,
-    "readers": 2, "bands": None, "fill": None, "reuse": True, "drop": None, "on_bad_tile": "stop",
+    "precision": "float32", "readers": 2, "bands": None, "fill": None, "reuse": True, "drop": None,
+    "on_bad_tile": "stop",
 }  # fmt: skip
 
 
@@ -658,8 +662,9 @@ def _stream_options(options: dict[str, Any]) -> dict[str, Any]:
 def _plan(model: XT, source: ImageSource, out: Path, options: dict[str, Any]) -> Plan:
     from .planning import plan
 
-    _set_batch_size(model, source, None, options)
+    _measure_options(model, source, None, options)
     more = {name: options[name] for name in ("fill", "reuse", "drop")}
+    more["precision"] = options["precision"]
     return plan(model, source, out=out, **more, **_stream_options(options))
 
 
@@ -671,7 +676,7 @@ def _run(
     from .journal import settings_of
     from .streaming import stream
 
-    _set_batch_size(model, source, None if out is None else settings_of(out), options)
+    _measure_options(model, source, None if out is None else settings_of(out), options)
     visits = sum(len(s.regions) for s in model.walk(model.grid(source.height, source.width)))
     name = Path(source.name).name
     with tqdm(total=visits, unit=" regions", desc=name, file=sys.stderr, leave=None) as bar:
@@ -682,6 +687,7 @@ def _run(
             fill=options["fill"],
             reuse=options["reuse"],
             drop=options["drop"],
+            precision=options["precision"],
             on_bad_tile=options["on_bad_tile"],
             progress=bar.update,
             **more,
@@ -689,20 +695,31 @@ def _run(
         )
 
 
-def _set_batch_size(
+def _measure_options(
     model: XT, source: ImageSource, settings: dict[str, Any] | None, options: dict[str, Any]
 ) -> None:
-    """Measures the batch size where that was asked for, and says so; a run that goes on with
-    `settings` keeps its own."""
-    from .planning import choose_batch_size
+    """Measures precision and batch size where that was asked for, and says so; a run that goes on
+    with `settings` keeps its own."""
+    from .planning import choose_batch_size, choose_precision
 
+    if options["precision"] == "auto":
+        if settings is not None:
+            name, how = settings["precision"], "that of the run so far"
+        else:
+            name, speeds = choose_precision(model)
+            how = ", ".join(f"{n}: {each:.1f}" for n, each in speeds.items()) + " regions/s"
+        click.echo(f"precision {name} ({how})", err=True)
+        options["precision"] = name
     if options["batch_size"] is not None and options["memory"] is None:
         return
     if settings is not None:
         size, how = int(settings["batch_size"]), "that of the run so far"
     else:
         readers, memory = options["readers"], options["memory"]
-        size, tried = choose_batch_size(model, source, readers=readers, memory=memory)
+        precision = options["precision"]
+        size, tried = choose_batch_size(
+            model, source, readers=readers, memory=memory, precision=precision
+        )
         how = ", ".join(f"{n}: {1 / each:.1f}" for n, each in tried.items()) + " regions/s"
     click.echo(f"batch size {size} ({how})", err=True)
     options |= {"batch_size": size, "memory": None}

@@ -10,6 +10,7 @@ differ, nothing is reused.
 from __future__ import annotations
 
 from collections import OrderedDict
+from copy import deepcopy
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -58,16 +59,22 @@ class BatchEncoder:
 
     regions: the buffer `[batch_size, C, s, s]` to fill. encode() may be called when only its first
     rows are new; the others hold older regions, or zeros. rows: how many are encoded at once.
+    precision: dtype of the region encoder; what follows it keeps the model's.
     """
 
-    def __init__(self, model: XT, batch_size: int) -> None:
+    def __init__(self, model: XT, batch_size: int, precision: torch.dtype | None = None) -> None:
         parameter = next(model.parameters())
+        precision = precision or parameter.dtype
+        # A copy, so that the caller's weights stay as they are.
+        self._copy = None
+        if precision != parameter.dtype:
+            self._copy = deepcopy(model.region_encoder).to(precision)
         side = model.config.region
         self._model = model
         self.rows = batch_size
         self.regions = torch.zeros(
             batch_size, model.config.in_chans, side, side,
-            device=parameter.device, dtype=parameter.dtype,
+            device=parameter.device, dtype=precision,
         )  # fmt: skip
 
     def encode(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -80,7 +87,9 @@ class BatchEncoder:
         while parts is None:
             try:
                 starts = range(0, len(self.regions), self.rows)
-                parts = [self._model.encode(self.regions[i : i + self.rows]) for i in starts]
+                parts = [
+                    self._model.encode(self.regions[i : i + self.rows], self._copy) for i in starts
+                ]
             except torch.OutOfMemoryError:
                 if self.rows == 1:
                     raise
@@ -102,7 +111,7 @@ class BatchEncoder:
         if key not in known:
             noise = torch.Generator().manual_seed(0)
             one = torch.randn(regions.shape[1:], generator=noise).to(regions)
-            outputs = self._model.encode(one.expand_as(regions).contiguous())
+            outputs = self._model.encode(one.expand_as(regions).contiguous(), self._copy)
             known[key] = all(bool((o == o[:1]).all()) for o in outputs if o is not None)
         return known[key]
 

@@ -72,10 +72,12 @@ def check_output(out: str | Path) -> Path:
 
 
 class WriteBehind:
-    """Runs calls in order on one thread, at most `depth` behind. A call that failed raises in the
-    next `submit`, or in `wait`; nothing runs after it."""
+    """Runs calls in order on one thread, at most `depth` behind, on the CUDA stream that is current
+    here. A call that failed raises in the next `submit`, or in `wait`; nothing runs after it."""
 
-    def __init__(self, depth: int = 2) -> None:
+    def __init__(self, device: torch.device, depth: int = 4) -> None:
+        is_cuda = device.type == "cuda"
+        self._stream = torch.cuda.current_stream(device) if is_cuda else None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="xt-writer")
         self._queue: deque[Future[None]] = deque()
         self._depth = depth
@@ -84,7 +86,11 @@ class WriteBehind:
         """Queues `job(*args)`; waits while the queue is full."""
         while len(self._queue) > self._depth or (self._queue and self._queue[0].done()):
             self._queue.popleft().result()
-        self._queue.append(self._pool.submit(job, *args))
+        self._queue.append(self._pool.submit(self._run, job, *args))
+
+    def _run(self, job: Callable[..., None], *args: Any) -> None:
+        with torch.cuda.stream(self._stream):  # nothing where there is none
+            job(*args)
 
     def wait(self) -> None:
         """Waits until all is done."""
@@ -283,23 +289,27 @@ class Thumbnail:
         """Makes what was shown so far outlast a power cut."""
         os.fsync(self._file.fileno())
 
-    def add(self, ids: Sequence[int], regions: torch.Tensor) -> None:
-        """regions: `[R, C, s, s]`, normalised; the first three bands are shown."""
-        small = F.avg_pool2d(regions[:, :3].float(), self.cell).cpu() * self._std + self._mean
+    def shrink(self, regions: torch.Tensor) -> torch.Tensor:
+        """What `put` takes of regions `[R, C, s, s]`, normalised; the first three bands."""
+        return F.avg_pool2d(regions[:, :3].float(), self.cell)
+
+    def put(self, ids: Sequence[int], small: torch.Tensor) -> None:
+        """Shows regions, `small` as `shrink` returned it."""
+        small = small.cpu() * self._std + self._mean
         side = self._grid.region // self.cell
         for index, part in zip(ids, small, strict=True):
             top, left = (index // self._grid.cols * side, index % self._grid.cols * side)
             place = self.pixels[:, top : top + side, left : left + side]
             place.copy_(part[:, : place.shape[1], : place.shape[2]])
 
-    def repeat(self, region: int, twin: int) -> None:
-        """Shows `twin`, which passed by, in the place of `region` too."""
+    def repeat(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Shows the second region of each pair, which passed by, in the place of the first too."""
         side, cols = self._grid.region // self.cell, self._grid.cols
-        (top, left), (y, x) = (
-            (index // cols * side, index % cols * side) for index in (region, twin)
-        )
-        place = self.pixels[:, top : top + side, left : left + side]
-        place.copy_(self.pixels[:, y : y + place.shape[1], x : x + place.shape[2]])
+        for region, twin in pairs:
+            top, left = (n * side for n in divmod(region, cols))
+            y, x = (n * side for n in divmod(twin, cols))
+            place = self.pixels[:, top : top + side, left : left + side]
+            place.copy_(self.pixels[:, y : y + place.shape[1], x : x + place.shape[2]])
 
     def rgb(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """The picture, `[h, w, 3]`: one band shows as grey, two as red and green."""

@@ -2,7 +2,9 @@
 
 Reader threads fetch the windows of the next batches; the main thread cuts them into regions,
 encodes full batches of regions that are new, stitches features into the token buffer of their
-chunk in visiting order, and runs the context encoder when the chunk is complete. Live at any time:
+chunk in visiting order, and runs the context encoder when the chunk is complete; a writer thread
+takes results to the CPU and to the disk. On CUDA the main thread only queues work, and waits for
+the device where the writer is too far behind. Live at any time:
 the windows of `readers + 2` batches, one batch of activations, the regions kept for reuse, the
 buffer of one chunk, and the memory of the context encoder. None of them depends on the size of the
 image.
@@ -35,6 +37,8 @@ from .output import Thumbnail, TokenMapWriter, WriteBehind, write_embedding, wri
 from .profiling import Profile, Spans, no_spans
 from .reading import Key, LeftOut, ReadAhead, Reader, Window, region_pixels
 from .source import ImageSource, SourceError, open_image
+
+Precision = Literal["float32", "bfloat16", "float16"]
 
 MAX_WAITING = 1024
 """Visits that may wait for a batch to fill. They hold no memory of their own: what stands behind
@@ -116,6 +120,7 @@ def stream_chunks(
     reuse: bool = True,
     drop: float | Literal["nodata"] | None = None,
     on_bad_tile: Literal["stop", "mask"] = "stop",
+    precision: Precision | None = None,
     on_regions: Callable[[Sequence[int], torch.Tensor], None] | None = None,
     on_visits: Callable[[Sequence[Visit]], None] | None = None,
     spans: Spans = no_spans,
@@ -132,6 +137,8 @@ def stream_chunks(
     drop: leave out the tokens of regions that hold nothing but this value, or but the image's own
         nodata value. This changes the result: no other token sees them.
     on_bad_tile: "stop" raises for a tile that does not decode; "mask" leaves out its regions.
+    precision: of the region encoder; the context encoder, which is a small part of the work, keeps
+        the model's. None is the model's for both.
     on_regions: called with region numbers and normalised regions `[R, C, s, s]` of each batch, a
         buffer that the next batch fills again. Regions that are reused are not among them.
     on_visits: called with the visits that are done, in the order of the walk.
@@ -157,8 +164,9 @@ def stream_chunks(
     if on_bad_tile not in ("stop", "mask"):
         raise ValueError(f"stream: on_bad_tile must be 'stop' or 'mask', got {on_bad_tile!r}.")
     dropped, mask = drop_value(source, drop), on_bad_tile == "mask"
-    reader = Reader(source, grid, chosen, fill, keys=reuse, drop=dropped, mask_damage=mask)
-    encoder = BatchEncoder(model, batch_size)
+    device = next(model.parameters()).device
+    reader = Reader(source, grid, chosen, fill, reuse, dropped, mask, pin=device.type == "cuda")
+    encoder = BatchEncoder(model, batch_size, precision and getattr(torch, precision))
     walk = _Walk(model, source, grid, steps, encoder, on_regions, on_visits, spans)
     walk.begin([k for k, step in enumerate(steps) for _ in step.regions][first:], start, memory)
     with torch.inference_mode(), ReadAhead(reader.read, batches, readers) as results:
@@ -258,7 +266,7 @@ class _Walk:
         buffer, end = self._encoder.regions, len(self._batch)
         part = buffer[end - len(regions) : end]
         with self._spans("copy"):
-            pixels = window.pixels.to(buffer.device)
+            pixels = window.pixels.to(buffer.device, non_blocking=True)
             self._model.extract(pixels, self._grid, regions, window.origin, out=part)
 
     def _encode(self) -> None:
@@ -407,6 +415,7 @@ def stream(
     reuse: bool = True,
     drop: float | Literal["nodata"] | None = None,
     on_bad_tile: Literal["stop", "mask"] = "stop",
+    precision: Precision | None = None,
     preview: bool = True,
     checkpoint_seconds: float = 10.0,
     progress: Callable[[int], None] | None = None,
@@ -437,6 +446,7 @@ def stream(
         "bands": bands,
         "fill": fill,
         "drop": drop,
+        "precision": precision,
     }
     try:
         check_bands(model, opened, bands)
@@ -518,22 +528,27 @@ class _Streamed:
         def on_visits(group: Sequence[Visit]) -> None:
             # Visits come before the chunk that they complete, so a chunk's state counts them all.
             state["visits"] += len(group)
-            for visit in group:
-                state["reused"] += visit.reused
-                if self._thumbnail is not None and visit.twin not in (None, visit.region):
-                    self._thumbnail.repeat(visit.region, visit.twin)
+            state["reused"] += sum(visit.reused for visit in group)
+            pairs = [(v.region, v.twin) for v in group if v.twin not in (None, v.region)]
+            if self._thumbnail is not None and pairs:
+                writer.submit(self._thumbnail.repeat, pairs)
             if progress is not None:
                 progress(len(group))
+
+        def on_regions(ids: Sequence[int], regions: torch.Tensor) -> None:
+            # Shrunk here, brought to the CPU by the writer: the device is not waited for.
+            if self._thumbnail is not None:
+                writer.submit(self._thumbnail.put, list(ids), self._thumbnail.shrink(regions))
 
         def count() -> None:
             state["seconds"] = before["seconds"] + time.perf_counter() - start
             state["bytes_read"] = before["bytes_read"] + self._source.bytes_read - read_before
 
-        with WriteBehind() as writer:
+        with WriteBehind(next(self._model.parameters()).device) as writer:
             for chunk in stream_chunks(
                 self._model,
                 self._source,
-                on_regions=None if self._thumbnail is None else self._thumbnail.add,
+                on_regions=on_regions,
                 on_visits=on_visits,
                 spans=self._spans,
                 start=state["step"] + 1,
