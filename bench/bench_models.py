@@ -117,6 +117,7 @@ def make_page(path, rows, cols, printed):
     tifffile.imwrite(path, pixels, tile=(256, 256), compression="deflate", photometric="rgb")
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("encoder, context", [("convnext_atto", "xl"), ("swinv2_tiny", "xl")])
 def test_a_page_of_70_percent_paper(benchmark, tmp_path, encoder, context):
     """20 x 14 regions of 256 px, 84 of them printed."""

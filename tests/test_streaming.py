@@ -660,9 +660,11 @@ def test_a_device_that_runs_out_of_memory_gets_half_the_batch(monkeypatch):
         return plain(regions)
 
     monkeypatch.setattr(model, "encode", small_device)
-    ours = tokens_of(model, source, batch_size=12)
-    assert sizes == [12, 6, 3, 3, 3, 3, 3, 3, 3, 3]
-    assert all(torch.equal(ours[chunk], tokens) for chunk, tokens in expected.items())
+    for batch_size, tried in ((12, [12, 6]), (5, [5])):
+        sizes.clear()
+        ours = tokens_of(model, source, batch_size=batch_size)
+        assert sizes[: len(tried)] == tried and set(sizes[len(tried) :]) == {3}
+        assert all(torch.equal(ours[chunk], tokens) for chunk, tokens in expected.items())
 
     def no_device(regions, *rest):
         raise torch.OutOfMemoryError("CUDA out of memory.")

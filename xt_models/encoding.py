@@ -10,6 +10,7 @@ differ, nothing is reused.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from copy import deepcopy
 from weakref import WeakKeyDictionary
 
@@ -86,10 +87,7 @@ class BatchEncoder:
         parts = None
         while parts is None:
             try:
-                starts = range(0, len(self.regions), self.rows)
-                parts = [
-                    self._model.encode(self.regions[i : i + self.rows], self._copy) for i in starts
-                ]
+                parts = list(self._parts())
             except torch.OutOfMemoryError:
                 if self.rows == 1:
                     raise
@@ -101,6 +99,14 @@ class BatchEncoder:
             return parts[0]
         features, raw = zip(*parts, strict=True)
         return torch.cat(features), None if raw[0] is None else torch.cat(raw)
+
+    def _parts(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Outputs of the buffer, `rows` at a time; the last part overlaps the one before rather
+        than have another shape."""
+        for start in range(0, len(self.regions), self.rows):
+            begin = min(start, len(self.regions) - self.rows)
+            batch, raw = self._model.encode(self.regions[begin : begin + self.rows], self._copy)
+            yield batch[start - begin :], None if raw is None else raw[start - begin :]
 
     def slots_agree(self) -> bool:
         """Whether a region's features do not depend on its slot, bit for bit. Encodes one batch the
