@@ -64,6 +64,8 @@ def test_the_installation_is_two_commands():
 
 @pytest.mark.parametrize("line", [line for line in shell_lines() if line.startswith("xt ")])
 def test_command(line, folder):
+    if line == "xt verify out" and not (folder / "out").exists():  # another worker embeds
+        run("xt embed scene.tif -o out", folder)
     assert run(line, folder).strip()
 
 
