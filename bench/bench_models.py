@@ -1,4 +1,5 @@
-"""Streaming a file against the region encoder alone on the same batches already in memory.
+"""Streaming a file against the region encoder alone on the same batches already in memory, and a
+page that is mostly paper with and without reuse of equal regions.
 
 The two run side by side in one process, in turns; the ratio of each round is what the engine, the
 reading and the context encoder cost.
@@ -15,6 +16,7 @@ import statistics
 import time
 import warnings
 
+import numpy as np
 import pytest
 import tifffile
 import torch
@@ -87,27 +89,89 @@ def test_streaming_against_encoder_only(benchmark, tmp_path, encoder, context, s
 
     benchmark.pedantic(both, rounds=9, iterations=1, warmup_rounds=1)
     source.close()
+    note(
+        benchmark, wall, processor, op="streaming a deflate TIFF",
+        variant=f"{encoder}, {context or 'no context'}", side_px=side, regions=grid.num_regions,
+    )  # fmt: skip
+
+
+def note(benchmark, wall, processor, *, regions, **facts):
+    """What `xt report` reads; the first form is ours, and the first round warms up."""
     if benchmark.disabled:
         return
-    # The first round warms up.
     times, work = ({n: t[1:] for n, t in clock.items()} for clock in (wall, processor))
-    alone_over_stream = spread(
-        [a / b for a, b in zip(times["encoder alone"], times["stream"], strict=True)]
-    )
+    first, *others = times
     benchmark.extra_info |= {
         "schema": SCHEMA,
         "device": DEVICE,
         "dtype": "float32",
-        "op": "streaming a deflate TIFF",
-        "variant": f"{encoder}, {context or 'no context'}",
-        "side_px": side,
-        "regions": grid.num_regions,
-        "first": "stream",
+        "regions": regions,
+        "first": first,
         "seconds": {name: spread(values) for name, values in times.items()},
-        "ratio": {"encoder alone": alone_over_stream},
-        "units_per_s": {
-            "what": "regions",
-            "value": grid.num_regions / statistics.median(times["stream"]),
+        "ratio": {
+            name: spread([a / b for a, b in zip(times[name], times[first], strict=True)])
+            for name in others
         },
+        "units_per_s": {"what": "regions", "value": regions / statistics.median(times[first])},
         "processor_seconds": {name: spread(values) for name, values in work.items()},
+        **facts,
     }
+
+
+def make_page(path, rows, cols, printed):
+    """A deflate TIFF of rows x cols regions of white paper, `printed` of them in a block of text:
+    photograph crops, none like another."""
+    scene = path.with_name("photo.tif")
+    write_scene(scene)
+    pixels = np.full((rows * 256, cols * 256, 3), 255, np.uint8)
+    with xm.open_image(scene) as source:
+        for k in range(printed):
+            top, left = k // (cols - 4) * 256 + 512, k % (cols - 4) * 256 + 512
+            crop = source.read(k // 26 * 256 + 11, k % 26 * 256 + 7, 256, 256)
+            pixels[top : top + 256, left : left + 256] = crop.transpose(1, 2, 0)
+    tifffile.imwrite(path, pixels, tile=(256, 256), compression="deflate", photometric="rgb")
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("encoder", "context"),
+    [("convnext_atto", "xl"), pytest.param("swinv2_tiny", "xl", marks=pytest.mark.full)],
+)
+def test_a_page_of_70_percent_paper(benchmark, tmp_path, encoder, context):
+    """20 x 14 regions of 256 px, 84 of them printed."""
+    make_page(tmp_path / "page.tif", 20, 14, 84)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RandomWeightsWarning)
+        model = xm.create_model(encoder, context=context)
+    source = xm.open_image(tmp_path / "page.tif")
+    runs = iter(range(1000))
+    wall, processor = ({"with reuse": [], "without": []} for _ in range(2))
+
+    def stream(reuse):
+        name = "with reuse" if reuse else "without"
+        out = tmp_path / f"run{next(runs)}"
+        start, work = time.perf_counter(), time.process_time()
+        result = xm.stream(model, source, out, batch_size=BATCH, preview=False, reuse=reuse)
+        wall[name].append(time.perf_counter() - start)
+        processor[name].append(time.process_time() - work)
+        return out, result
+
+    def both():
+        outs = []
+        for reuse in (True, False):
+            out, result = stream(reuse)
+            outs.append(out)
+            assert result.stats.reused == (195 if reuse else 0)
+        blocks = sorted(p.relative_to(outs[0]) for p in (outs[0] / "tokens.zarr" / "c").rglob("0"))
+        assert blocks
+        for block in blocks:
+            assert (outs[0] / block).is_dir() or (
+                (outs[0] / block).read_bytes() == (outs[1] / block).read_bytes()
+            ), block
+
+    benchmark.pedantic(both, rounds=3, iterations=1)
+    source.close()
+    note(
+        benchmark, wall, processor, op="a page, 70 % paper", variant=f"{encoder}, {context}",
+        side_px=20 * 256, regions=280,
+    )  # fmt: skip

@@ -35,8 +35,10 @@ def shell_lines():
 def folder(tmp_path_factory):
     """A place with the files that the README speaks of: scene.tif, a saved model DIR, results."""
     folder = tmp_path_factory.mktemp("readme")
+    (folder / "images").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (300, 530, 3), dtype=np.uint8)
     tifffile.imwrite(folder / "scene.tif", pixels, tile=(256, 256), photometric="rgb")
+    tifffile.imwrite(folder / "images" / "scene.tif", pixels[:100, :100], photometric="rgb")
     model = xm.create_model("convnext_atto", dim=32, num_heads=2, num_classes=3)
     model.save_pretrained(folder / "DIR")
     shutil.copytree(next(RESULTS.iterdir()), folder / "results")
@@ -65,6 +67,8 @@ def test_the_installation_is_two_commands():
 
 @pytest.mark.parametrize("line", [line for line in shell_lines() if line.startswith("xt ")])
 def test_command(line, folder):
+    if line == "xt verify out" and not (folder / "out").exists():  # another worker embeds
+        run("xt embed scene.tif -o out", folder)
     assert run(line, folder).strip()
 
 

@@ -5,17 +5,24 @@ outputs are whole or absent.
 import json
 import os
 import random
+import subprocess
+import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 import zarr
 from PIL import Image
 
 import xt_models as xm
 from xt_models.host import available_memory, current_rss, free_disk, peak_rss, reset_peak_rss
+from xt_models.model import map_index
+from xt_models.planning import choose_batch_size, choose_precision
 from xt_models.source import SourceError
 from xt_models.streaming import stream_chunks
 
@@ -141,6 +148,210 @@ def test_independent_of_batches_threads_and_read_order(readers, batch_size):
             assert torch.equal(ours[chunk], tokens)
 
 
+def page(dtype=np.uint8, seed=0):
+    """A page of 5 x 8 regions, the last row and column cut off: 70 % paper, print, a repeated
+    stamp, and a grey that is nearly the paper's."""
+    height, width = 4 * 64 + 20, 7 * 64 + 30
+    rng = np.random.default_rng(seed)
+    pixels = np.full((height, width, 3), 240, dtype)
+    for row, col in [(0, 1), (0, 2), (1, 1), (2, 5), (2, 6), (3, 0), (4, 3), (4, 7)]:
+        block = pixels[row * 64 : row * 64 + 64, col * 64 : col * 64 + 64]
+        block[:] = rng.integers(0, 255, block.shape)
+    for row, col in [(1, 3), (1, 6), (3, 4)]:
+        pixels[row * 64 : row * 64 + 64, col * 64 : col * 64 + 64] = pixels[:64, 64:128]
+    pixels[2 * 64 + 37, 3 * 64 + 41, 1] += 1
+    return pixels
+
+
+def encoded_and_tokens(model, source, **options):
+    ids = []
+    tokens = tokens_of(model, source, on_regions=lambda batch, _: ids.extend(batch), **options)
+    return ids, tokens
+
+
+@pytest.mark.parametrize("tiling", ["row", "zigzag", "two-stream"])
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_regions_with_identical_pixels_are_encoded_once(tiling, batch_size):
+    model = small(tiling=tiling)
+    source = xm.open_image(page(), axes="HWC")
+    plain, expected = encoded_and_tokens(model, source, batch_size=batch_size, reuse=False)
+    ids, ours = encoded_and_tokens(model, source, batch_size=batch_size)
+    assert len(plain) == 40 + 4 * (tiling == "two-stream")
+    # 8 of print, 1 nearly blank, blanks of 4 sizes but the corner is print: 3.
+    assert len(ids) == len(set(ids)) == 8 + 1 + 3
+    assert list(ours) == list(expected)
+    for chunk, tokens in expected.items():
+        assert torch.equal(ours[chunk], tokens)
+
+
+@pytest.mark.parametrize("context", ["xl", "hyper", None])
+def test_reuse_leaves_every_written_byte_as_it_was(context, tmp_path):
+    model = small(context, residual=context == "xl", num_classes=4)
+    source = xm.open_image(page(np.uint16), axes="HWC")
+    results = [
+        xm.stream(model, source, tmp_path / str(reuse), reuse=reuse) for reuse in (True, False)
+    ]
+    assert [r.stats.reused for r in results] == [28, 0]
+    assert results[0].stats.regions == results[1].stats.regions == 40
+    names = {p.relative_to(tmp_path / "True") for p in (tmp_path / "True").rglob("*")}
+    assert len(names) > 5
+    for name in names - {Path("run.json")}:
+        ours, plain = tmp_path / "True" / name, tmp_path / "False" / name
+        assert ours.is_dir() or ours.read_bytes() == plain.read_bytes(), name
+    np.testing.assert_array_equal(results[0].embedding, results[1].embedding)
+    np.testing.assert_array_equal(results[0].logits, results[1].logits)
+
+
+@pytest.mark.parametrize(
+    "limit", ["xt_models.encoding.CACHE_BYTES", "xt_models.streaming.MAX_WAITING"]
+)
+def test_reuse_within_the_smallest_limits(limit, monkeypatch):
+    model = small()
+    source = xm.open_image(page(), axes="HWC")
+    _, expected = encoded_and_tokens(model, source, reuse=False)
+    monkeypatch.setattr(limit, 1)
+    ids, ours = encoded_and_tokens(model, source)
+    assert len(ids) < 40
+    assert all(torch.equal(ours[chunk], tokens) for chunk, tokens in expected.items())
+
+
+def test_waiting_for_a_full_batch_is_bounded(monkeypatch):
+    monkeypatch.setattr("xt_models.streaming.MAX_WAITING", 30)
+    source = _SlowSource(xm.open_image(np.zeros((64, 64 * 200), np.uint8), axes="HW"))
+    model = small(in_chans=1)
+    next(stream_chunks(model, source, batch_size=16, readers=1))
+    assert source.reads < 6
+
+
+def test_bits_count_not_values():
+    pixels = np.zeros((64, 64 * 4, 1), np.float32)
+    pixels[:, 64:128] = -0.0
+    pixels[5, 200] = -0.0
+    source = xm.open_image(pixels, axes="HWC")
+    ids, _ = encoded_and_tokens(small(in_chans=1), source)
+    assert ids == [0, 1, 3]
+
+
+def test_nothing_is_reused_where_slots_of_a_batch_round_differently(monkeypatch):
+    model = small()
+    source = xm.open_image(page(), axes="HWC")
+    plain = model.region_encoder.forward
+
+    def uneven(regions):
+        return plain(regions) * (1 + torch.arange(len(regions))[:, None, None, None] * 1e-6)
+
+    monkeypatch.setattr(model.region_encoder, "forward", uneven)
+    ids, ours = encoded_and_tokens(model, source)
+    assert len(ids) == 40
+    expected = tokens_of(model, source, reuse=False)
+    assert all(torch.equal(ours[chunk], tokens) for chunk, tokens in expected.items())
+
+
+def test_regions_of_nodata_are_left_out(tmp_path):
+    """The tokens of the others are those of a model whose chunks hold only them."""
+    model = small(residual=True, num_classes=2)
+    pixels = page()
+    source = xm.open_image(pixels, axes="HWC")
+    source.metadata["nodata"] = 240
+    result = xm.stream(model, source, tmp_path / "out", drop="nodata", batch_size=4)
+    tokens = read_map(tmp_path / "out")
+    blank = tokens.isnan().all(-1)
+    assert (tokens.isnan().any(-1) == blank).all()
+    grid = model.grid(*pixels.shape[:2])
+    boxes = [grid.box(region) for region in range(40)]
+    kept = [
+        i for i, (y, x, h, w) in enumerate(boxes) if (pixels[y : y + h, x : x + w] != 240).any()
+    ]
+    assert len(kept) == 12 and result.stats.left_out == 28
+    expected = torch.zeros(10, 16, dtype=torch.bool)
+    for region in kept:
+        row, col = region // 8 * 2, region % 8 * 2
+        expected[row : row + 2, col : col + 2] = True
+    assert torch.equal(~blank, expected[: blank.shape[0], : blank.shape[1]])
+    assert result.stats.tokens == int((~blank).sum())
+    close(torch.from_numpy(result.embedding), tokens[~blank].mean(0))
+
+    memory = None
+    with torch.inference_mode():
+        regions = model.extract(torch.from_numpy(pixels).permute(2, 0, 1), grid)
+        features, raw = model.encode(regions)
+        for step in model.walk(grid):
+            chunk = [region for region in step.regions if region in kept]
+            if not chunk:
+                continue
+            sequence = model.stitch(features[None, chunk], grid, chunk, chunk)
+            plain = model.stitch(raw[None, chunk], grid, chunk, chunk, position=False)
+            mixed, _, memory = model.mix(sequence, plain, memory)
+            places = map_index(grid.placement(chunk, model.stride), grid, model.stride)
+            close(tokens.flatten(0, 1)[places], mixed[0])
+    assert Image.open(tmp_path / "out" / "preview.png").width == 2 * pixels.shape[1] + 8
+
+
+def test_nodata_that_is_not_a_number_is_left_out_before_it_is_refused():
+    pixels = scene(128, 128, 1, np.float32)
+    pixels[:64, :64] = np.nan
+    source = xm.open_image(pixels, axes="HWC")
+    source.metadata["nodata"] = "nan"
+    assert xm.stream(small(in_chans=1), source, drop="nodata").stats.left_out == 1
+    pixels[100, 100] = np.nan
+    with pytest.raises(SourceError, match="found nan at row 100, column 100"):
+        xm.stream(small(in_chans=1), source, drop="nodata")
+
+
+def test_dropping_is_refused_without_a_value_or_without_a_rest(tmp_path):
+    with pytest.raises(ValueError, match="array names no nodata value"):
+        xm.stream(small(), scene(64, 64), drop="nodata")
+    with pytest.raises(SourceError, match="found all left out"):
+        xm.stream(small(), np.zeros((70, 70, 3), np.uint8), tmp_path / "out", drop=0)
+
+
+def damaged_tiff(path, tiles):
+    tifffile.imwrite(path, scene(200, 330), tile=(64, 64), compression="deflate", photometric="rgb")
+    with tifffile.TiffFile(path) as file:
+        offsets = [file.pages[0].dataoffsets[tile] for tile in tiles]
+    with path.open("r+b") as raw:
+        for offset in offsets:
+            raw.seek(offset)
+            raw.write(b"\xff" * 64)
+
+
+def test_a_damaged_tile_stops_the_run_or_is_recorded(tmp_path):
+    path = tmp_path / "scene.tif"
+    damaged_tiff(path, [7, 8])
+    model = small()
+    with pytest.raises(SourceError, match=r"tile 7 .row 1, column 1. of level 0 in .* at byte \d"):
+        xm.stream(model, path, tmp_path / "out", batch_size=4)
+    with pytest.raises(ValueError, match="on_bad_tile must be 'stop' or 'mask', got 'skip'"):
+        xm.stream(model, path, on_bad_tile="skip")
+    result = xm.stream(model, path, tmp_path / "out", batch_size=4, on_bad_tile="mask")
+    assert result.stats.left_out == 2
+    nan = read_map(tmp_path / "out").isnan().all(-1)
+    assert nan.sum() == 8 and nan[2:4, 2:6].all()
+    record = json.loads((tmp_path / "out" / "run.json").read_text())["run"]["left_out"]
+    assert list(record) == ["7", "8"]
+    assert "tile 7 (row 1, column 1) of level 0" in record["7"] and "at byte" in record["7"]
+
+
+@pytest.mark.parametrize("late", [6, 24])
+def test_a_file_that_changes_while_it_is_read_stops_the_run(late, tmp_path):
+    path = tmp_path / "scene.tif"
+    tifffile.imwrite(path, scene(200, 330), tile=(64, 64), photometric="rgb")
+    visits = []
+
+    def change(count):
+        visits.append(count)
+        if sum(visits) == late:
+            with path.open("ab") as file:
+                file.write(b"more")
+
+    with pytest.raises(SourceError, match=r"scene.tif: .* one that changed while it was open"):
+        xm.stream(
+            small(), path, tmp_path / "out", batch_size=6, progress=change, on_bad_tile="mask"
+        )
+    assert sum(visits) >= late
+    assert not (tmp_path / "out").exists()
+
+
 def test_reading_ahead_is_bounded():
     model = small()
     source = _SlowSource(xm.open_image(scene(64, 64 * 40)))
@@ -174,7 +385,7 @@ def test_files_that_are_written(tmp_path):
     result = xm.stream(model, source, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "embedding.json", "preview.png", "tokens.zarr",
+        "embedding.json", "preview.png", "run.json", "tokens.zarr",
     ]  # fmt: skip
     array = zarr.open_array(str(tmp_path / "out" / "tokens.zarr"), mode="r")
     assert array.shape == (7, 11, 32) and array.dtype == np.float32
@@ -188,7 +399,8 @@ def test_files_that_are_written(tmp_path):
     np.testing.assert_array_equal(np.float32(record["embedding"]), result.embedding)
     assert sum(record["scores"]) == pytest.approx(1) and len(record["scores"]) == 6
     assert record["top"][0][0] == int(result.logits.argmax())
-    assert record["stats"]["regions"] == 24 and record["stats"]["tokens"] == 77
+    stats = json.loads((tmp_path / "out" / "run.json").read_text())["run"]["stats"]
+    assert stats["regions"] == 24 and stats["tokens"] == 77
     assert result.stats.chunks == 8 and result.stats.regions_per_s > 0
     assert result.stats.bytes_read > 0
 
@@ -262,7 +474,8 @@ def test_output_that_exists_is_kept(tmp_path):
         xm.stream(small(), scene(64, 64), tmp_path / "out")
     assert (tmp_path / "out" / "mine").read_text() == "kept"
     (tmp_path / "new.part").mkdir()
-    with pytest.raises(FileExistsError, match="another run is writing to it or was killed"):
+    (tmp_path / "new.part" / "mine").write_text("kept")
+    with pytest.raises(FileExistsError, match="holds mine and no journal of a run"):
         xm.stream(small(), scene(64, 64), tmp_path / "new")
     with pytest.raises(FileNotFoundError, match="does not exist: make it first"):
         xm.stream(small(), scene(64, 64), tmp_path / "no" / "out")
@@ -311,23 +524,157 @@ def test_plan_counts_what_the_run_then_does(tmp_path):
         assert 0 < plan.disk_free <= free_disk(tmp_path) * 1.5
 
 
+class _Blank(type(xm.open_image(np.zeros((1, 1), np.uint8)))):
+    """An array of any size that holds nothing but its first pixel."""
+
+    def __init__(self, height, width):
+        super().__init__("array", [np.full((1, 1), 7, np.uint8)], "yx", {})
+        self.height, self.width = height, width
+        self.level_sizes = ((height, width),)
+
+    def _read(self, window, level):
+        return np.full((1, *window[2:]), 7, np.uint8)
+
+
 def test_plan_works_out_long_sequences_from_two_short_ones(monkeypatch):
     def cost(model, tokens, device, dtype):
         return 3e-6 * tokens + 2e-9 * tokens**2, 1000 * tokens
 
     monkeypatch.setattr("xt_models.planning._mix_cost", cost)
-    monkeypatch.setattr("xt_models.planning._measure", lambda run, device: (0.01, 1 << 20))
-    source = xm.open_image(scene(64, 64))
-    source.height = source.width = 30_000
-    model = small("vit", chunk_regions=None, pool="mean")
-    plan, encode_only = xm.plan(model, source), xm.plan(small(None), source)
-    tokens = 938**2
+    for name in ("TRIAL_SECONDS", "SAMPLE_SECONDS"):
+        monkeypatch.setattr(f"xt_models.planning.{name}", 0.2)
+    source = _Blank(8192, 8192)
+    model = small("vit", chunk_regions=None, pool="mean", in_chans=1)
+    plan = xm.plan(model, source)
+    tokens = 256**2
     assert plan.chunk_tokens == plan.tokens == tokens
-    attention = 3e-6 * tokens + 2e-9 * tokens**2
-    assert plan.seconds == pytest.approx(attention + encode_only.seconds, rel=1e-6)
+    assert plan.seconds > 3e-6 * tokens + 2e-9 * tokens**2
     assert plan.memory > 1000 * tokens
+    assert plan.reused > 0.98
     monkeypatch.setattr("xt_models.planning.available_memory", lambda: 900 * tokens)
     assert plan.fits and not xm.plan(model, source).fits
+
+
+@pytest.mark.parametrize("blank", [False, True])
+def test_plan_foretells_the_time(blank, monkeypatch):
+    """Encoder, context and reads that take known times: a batch 40 ms, a chunk 20 ms."""
+    model = small(chunk_regions=8)
+    encode, mix = model.encode, model.mix
+
+    def slow_encode(*args):
+        time.sleep(0.04)
+        return encode(*args)
+
+    def slow_mix(*args):
+        time.sleep(0.02)
+        return mix(*args)
+
+    monkeypatch.setattr(model, "encode", slow_encode)
+    monkeypatch.setattr(model, "mix", slow_mix)
+    monkeypatch.setattr("xt_models.planning.TRIAL_SECONDS", 0.5)
+    pixels = scene(64 * 10, 64 * 16)
+    if blank:
+        pixels[64 * 4 :] = 255
+    source = xm.open_image(pixels)
+    plan = xm.plan(model, source, batch_size=4)
+    assert plan.reused == pytest.approx(95 / 160 if blank else 0, abs=0.01)
+    stats = xm.stream(model, source, batch_size=4).stats
+    assert stats.reused == (95 if blank else 0)
+    assert plan.seconds == pytest.approx(stats.seconds, rel=0.3)
+
+
+def test_plan_foretells_the_memory():
+    """In processes of their own, since what one run took stays with the process."""
+    code = """
+import sys, warnings
+from xt_models.host import keep_memory_flat
+keep_memory_flat()
+import numpy as np, torch
+import xt_models as xm
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+model = xm.create_model("convnext_atto", context="xl", seed=0)
+source = xm.open_image(np.random.default_rng(0).integers(0, 255, (2048, 2048, 3), dtype=np.uint8))
+if sys.argv[1] == "plan":
+    print(xm.plan(model, source).memory)
+else:
+    stats = xm.stream(model, source, sys.argv[2]).stats
+    print(stats.peak_memory - stats.base_memory)
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        numbers = [
+            int(subprocess.run([sys.executable, "-c", code, what, f"{folder}/out"],
+                               capture_output=True, text=True, check=True).stdout)
+            for what in ("plan", "run")
+        ]  # fmt: skip
+    assert numbers[0] == pytest.approx(numbers[1], rel=0.15), numbers
+
+
+def test_batch_size_is_chosen_by_measurement_within_memory(monkeypatch):
+    model, source = small(), xm.open_image(scene(64, 64))
+    costs = {1: (0.010, 10), 2: (0.012, 20), 4: (0.020, 40), 8: (0.0392, 80), 16: (0.09, 160)}
+
+    def measure(run, device):
+        seconds, mib = costs.get(len(run.__self__.regions), (9.0, 999))
+        return seconds, mib << 20
+
+    monkeypatch.setattr("xt_models.planning._measure", measure)
+    size, tried = choose_batch_size(model, source, memory=1 << 30)
+    assert size == 4 and tried[4] == 0.005  # 8 is 2 % faster and not worth twice the memory
+    assert choose_batch_size(model, source, memory=130 << 20)[0] == 2
+    with pytest.raises(ValueError, match="memory must hold one region's activations and 96 MiB"):
+        choose_batch_size(model, source, memory=50 << 20)
+
+
+def test_the_region_encoder_in_another_precision(tmp_path):
+    model = small(num_classes=2)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    exact = xm.stream(model, page(), tmp_path / "exact")
+    rough = xm.stream(model, page(), tmp_path / "rough", precision="bfloat16")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    difference = np.abs(rough.embedding - exact.embedding).max() / np.abs(exact.embedding).max()
+    assert 0 < difference < 0.05
+    assert rough.stats.reused == exact.stats.reused == 28
+    same = xm.stream(model, page(), tmp_path / "again", precision="bfloat16", reuse=False)
+    np.testing.assert_array_equal(same.embedding, rough.embedding)
+    same = xm.stream(model, page(), precision="float32")
+    np.testing.assert_array_equal(same.embedding, exact.embedding)
+
+
+@pytest.mark.parametrize("gain, chosen", [(1.1, "float32"), (1.5, "bfloat16")])
+def test_precision_is_chosen_by_measurement(gain, chosen, monkeypatch):
+    def measure(run, device):
+        return (1.0 if run.__self__.regions.dtype == torch.float32 else 1 / gain), 0
+
+    monkeypatch.setattr("xt_models.planning._measure", measure)
+    name, speeds = choose_precision(small())
+    assert name == chosen and speeds["bfloat16"] == pytest.approx(4 * gain)
+
+
+def test_a_device_that_runs_out_of_memory_gets_half_the_batch(monkeypatch):
+    model, source = small(), xm.open_image(scene())
+    expected = tokens_of(model, source, batch_size=3)
+    plain, sizes = model.encode, []
+
+    def small_device(regions, *rest):
+        sizes.append(len(regions))
+        if len(regions) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return plain(regions)
+
+    monkeypatch.setattr(model, "encode", small_device)
+    for batch_size, tried in ((12, [12, 6]), (5, [5])):
+        sizes.clear()
+        ours = tokens_of(model, source, batch_size=batch_size)
+        assert sizes[: len(tried)] == tried and set(sizes[len(tried) :]) == {3}
+        assert all(torch.equal(ours[chunk], tokens) for chunk, tokens in expected.items())
+
+    def no_device(regions, *rest):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(model, "encode", no_device)
+    with pytest.raises(torch.OutOfMemoryError):
+        tokens_of(model, source, batch_size=12)
 
 
 def test_host_memory_is_measured():

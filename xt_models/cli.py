@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from .train.table import Run
 
 _CONTEXTS = ("xl", "hyper", "mamba", "vit")  # those of .model, which takes seconds to import
+STOPPED = 75
+"""Exit code of a run that was asked to end (SIGTERM) and can go on; EX_TEMPFAIL
+of sysexits.h."""
 
 
 class _Group(click.Group):
@@ -81,6 +85,34 @@ def _numbers(kind: type, low: float | None = None) -> Callable[..., Any]:
     return convert
 
 
+def _drop(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+    try:
+        return value if value in (None, "nodata") else float(str(value))
+    except ValueError:
+        raise click.BadParameter(f"expected nodata or a number, got {value!r}.") from None
+
+
+def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
+    """A number, or None for auto."""
+    if value == "auto":
+        return None
+    number: int = click.IntRange(1)(value, param, ctx)
+    return number
+
+
+def _memory(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """Bytes of "512MB", "8GB", "8GiB"."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"([\d.]+)\s*([KMGT]?)(i?)B?", value.strip(), re.IGNORECASE)
+    try:
+        assert match is not None
+        power = "KMGT".find(match[2].upper()) + 1 if match[2] else 0
+        return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    except (AssertionError, ValueError):
+        raise click.BadParameter(f"expected a size like 512MB or 8GB, got {value!r}.") from None
+
+
 def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         [
@@ -109,10 +141,26 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--bands", callback=_numbers(int, 1),
                          help="Bands to use, numbered from 1, e.g. 4,3,2."),
             click.option("--fill", type=float, help="Value for NaN and infinite pixels."),
-            click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True,
-                         help="Regions encoded at once."),
+            click.option("--drop", callback=_drop, metavar="VALUE",
+                         help="Leave out regions of nothing but this value; nodata is the image's "
+                         "own. Changes the result."),
+            click.option("--on-bad-tile", type=click.Choice(["stop", "mask"]), default="stop",
+                         show_default=True,
+                         help="What to do about a tile that does not decode: stop, or leave its "
+                         "regions out and record them."),
+            click.option("--precision", default="float32", show_default=True,
+                         type=click.Choice(["float32", "bfloat16", "auto"]),
+                         help="Of the region encoder; auto measures whether bfloat16 is faster."),
+            click.option("--batch-size", callback=_batch_size, default="16", show_default=True,
+                         metavar="N|auto",
+                         help="Regions encoded at once; auto measures which number is fastest."),
+            click.option("--memory", callback=_memory, metavar="SIZE",
+                         help="What a run may take above the model, e.g. 8GB: batch size auto "
+                         "within it."),
             click.option("--readers", type=click.IntRange(1), default=2, show_default=True,
                          help="Threads that read ahead."),
+            click.option("--reuse/--no-reuse", default=True, show_default=True,
+                         help="Encode regions with identical pixels once; the result is the same."),
         ]
     ):  # fmt: skip
         command = option(command)
@@ -161,20 +209,112 @@ def plan_(image: Path, out: Path, **options: Any) -> None:
 
 
 @main.command()
-@_image
+@click.argument("image", metavar="FILE|DIR|LIST", type=click.Path(path_type=Path))
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
 @click.option("--preview/--no-preview", default=True, show_default=True, help="Make preview.png.")
+@click.option("--profile", "trace", type=click.Path(path_type=Path), metavar="FILE",
+              help="Print where the time went; write a Chrome trace to FILE.")  # fmt: skip
 @_model_options
-def embed(image: Path, out: Path, preview: bool, **options: Any) -> None:
-    """Token map, embedding and preview of an image FILE of any size."""
-    from .output import check_output
+def embed(image: Path, out: Path, preview: bool, trace: Path | None, **options: Any) -> None:
+    """Token map, embedding and preview of an image FILE of any size, or of many: those in a folder
+    DIR, or in a text file LIST (.txt) of one path a line.
 
-    check_output(out)
-    with _opened(image) as source:
+    Stopped in whatever way, the same command goes on where it was and gives the same bytes.
+    """
+    from .journal import part_of
+    from .manifest import is_many
+    from .profiling import Profile
+
+    if is_many(image):
+        if trace is not None:
+            raise click.BadParameter("is of one image, not of many.", param_hint="--profile")
+        _embed_many(image, out, options, preview)
+        return
+
+    part_of(out)
+    with _opened(image) as source, _resumable(out):
         model = _model(source, options)
-        result = _run(model, source, out, options, preview=preview)
-        _table(_stats_rows(result.stats))
-        click.echo(f"wrote {out}/: tokens.zarr, embedding.json" + ", preview.png" * preview)
+        profile = None if trace is None else Profile(next(model.parameters()).device)
+        result = _run(model, source, out, options, preview=preview, profile=profile)
+    _table(_stats_rows(result.stats))
+    if profile is not None and trace is not None:
+        click.echo("time went to")
+        _table([(f"  {n}", f"{_seconds(s)}, {share:.1%}") for n, s, share in profile.table()])
+        profile.write_trace(trace)
+        click.echo(f"wrote {trace}")
+    files = "tokens.zarr, embedding.json, run.json" + ", preview.png" * preview
+    click.echo(f"wrote {out}/: {files}")
+
+
+def _embed_many(where: Path, out: Path, options: dict[str, Any], preview: bool) -> None:
+    from .journal import model_identity
+    from .manifest import MANIFEST, Image, embed_many, list_images, open_manifest
+
+    images = list_images(where)
+    with open_manifest(out) as manifest:
+        models: list[XT] = []
+
+        def embed_one(image: Image, folder: Path) -> None:
+            with _opened(image.path) as source:
+                if not models:
+                    model = _model(source, options)
+                    known = manifest.identity
+                    _measure_options(model, source, known and known["settings"], options)
+                    settings = {"preview": preview, **_stream_options(options)}
+                    settings |= {name: options[name] for name in ("fill", "drop", "precision")}
+                    try:
+                        del settings["readers"]
+                        manifest.begin(model_identity(model, settings))
+                    except ValueError as error:
+                        raise click.ClickException(str(error)) from None
+                    models.append(model)
+                _run(models[0], source, folder, options, preview=preview)
+
+        def tell(image: Image, how: str) -> None:
+            click.echo(f"{image.name}: {how}")
+
+        counts = embed_many(images, manifest, embed_one, tell)
+    click.echo(
+        f"{counts['done']} done, {counts['before']} done before, {counts['failed']} failed of "
+        f"{len(images)}; wrote {out / MANIFEST}"
+    )
+    if counts["failed"]:
+        raise click.ClickException(
+            f"{counts['failed']} of {len(images)} images failed; {out / MANIFEST} says why."
+        )
+
+
+@contextmanager
+def _resumable(out: Path) -> Iterator[None]:
+    """Says whether the same command can go on, however the run ends."""
+    try:
+        yield
+    except BaseException as error:
+        kept = out.with_name(out.name + ".part").exists()
+        note = f"{out}.part is kept: the same command goes on from there."
+        if isinstance(error, SystemExit) and error.code == 143:
+            click.echo("\nStopped: " + (note if kept else "nothing was written."), err=True)
+            raise SystemExit(STOPPED) from None
+        if isinstance(error, KeyboardInterrupt):
+            click.echo("\nInterrupted: " + (note if kept else "nothing was written."), err=True)
+            raise SystemExit(130) from None
+        if isinstance(error, OSError) and kept and not isinstance(error, BlockingIOError):
+            click.echo(f"note: {note}", err=True)
+        raise
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+def verify(out: Path) -> None:
+    """Whether a folder OUT is, byte for byte, what a run wrote."""
+    from .journal import verify as verify_output
+
+    wrong = verify_output(out)
+    for line in wrong:
+        click.echo(line)
+    if wrong:
+        raise click.ClickException(f"{out} is not what was written: {len(wrong)} findings.")
+    click.echo(f"{out}: every byte is as it was written.")
 
 
 @main.command()
@@ -235,7 +375,7 @@ def demo(out: Path | None) -> None:
     click.echo(f"Building {scene} from {PHOTOGRAPH}")
     write_scene(scene)
     with open_image(scene) as source:
-        options = {**_DEMO_OPTIONS, "batch_size": 16, "readers": 2, "bands": None, "fill": None}
+        options = _DEMO_OPTIONS
         model = _model(source, options)
         plan = _plan(model, source, out, options)
         _table(_plan_rows(plan))
@@ -250,7 +390,9 @@ def demo(out: Path | None) -> None:
 _DEMO_OPTIONS: dict[str, Any] = {
     "encoder": "convnext_atto", "context": "xl", "model_dir": None, "pretrained": False,
     "region": None, "chunk_regions": None, "memory_chunks": None, "tiling": None,
-    "mean": None, "std": None, "seed": 0, "device": "auto",
+    "mean": None, "std": None, "seed": 0, "device": "auto", "batch_size": 16, "memory": None,
+    "precision": "float32", "readers": 2, "bands": None, "fill": None, "reuse": True, "drop": None,
+    "on_bad_tile": "stop",
 }  # fmt: skip
 
 
@@ -535,27 +677,67 @@ def _stream_options(options: dict[str, Any]) -> dict[str, Any]:
 def _plan(model: XT, source: ImageSource, out: Path, options: dict[str, Any]) -> Plan:
     from .planning import plan
 
-    return plan(model, source, out=out, **_stream_options(options))
+    _measure_options(model, source, None, options)
+    more = {name: options[name] for name in ("fill", "reuse", "drop")}
+    more["precision"] = options["precision"]
+    return plan(model, source, out=out, **more, **_stream_options(options))
 
 
 def _run(
-    model: XT, source: ImageSource, out: Path | None, options: dict[str, Any], preview: bool = True
+    model: XT, source: ImageSource, out: Path | None, options: dict[str, Any], **more: Any
 ) -> Any:
     from tqdm import tqdm
 
+    from .journal import settings_of
     from .streaming import stream
 
+    _measure_options(model, source, None if out is None else settings_of(out), options)
     visits = sum(len(s.regions) for s in model.walk(model.grid(source.height, source.width)))
-    with tqdm(total=visits, unit=" regions", desc=Path(source.name).name, file=sys.stderr) as bar:
+    name = Path(source.name).name
+    with tqdm(total=visits, unit=" regions", desc=name, file=sys.stderr, leave=None) as bar:
         return stream(
             model,
             source,
             out,
             fill=options["fill"],
-            preview=preview,
+            reuse=options["reuse"],
+            drop=options["drop"],
+            precision=options["precision"],
+            on_bad_tile=options["on_bad_tile"],
             progress=bar.update,
+            **more,
             **_stream_options(options),
         )
+
+
+def _measure_options(
+    model: XT, source: ImageSource, settings: dict[str, Any] | None, options: dict[str, Any]
+) -> None:
+    """Measures precision and batch size where that was asked for, and says so; a run that goes on
+    with `settings` keeps its own."""
+    from .planning import choose_batch_size, choose_precision
+
+    if options["precision"] == "auto":
+        if settings is not None:
+            name, how = settings["precision"], "that of the run so far"
+        else:
+            name, speeds = choose_precision(model)
+            how = ", ".join(f"{n}: {each:.1f}" for n, each in speeds.items()) + " regions/s"
+        click.echo(f"precision {name} ({how})", err=True)
+        options["precision"] = name
+    if options["batch_size"] is not None and options["memory"] is None:
+        return
+    if settings is not None:
+        size, how = int(settings["batch_size"]), "that of the run so far"
+    else:
+        readers, memory = options["readers"], options["memory"]
+        precision = options["precision"]
+        size, tried = choose_batch_size(
+            model, source, readers=readers, memory=memory, precision=precision
+        )
+        how = ", ".join(f"{n}: {1 / each:.1f}" for n, each in tried.items()) + " regions/s"
+    click.echo(f"batch size {size} ({how})", err=True)
+    options |= {"batch_size": size, "memory": None}
 
 
 def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
@@ -563,6 +745,8 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("image", f"{plan.height:,} x {plan.width:,} px"),
         ("regions", f"{plan.rows} x {plan.cols} of {plan.region} px = {plan.regions:,}"
          + (f" ({plan.visits:,} visits)" if plan.visits != plan.regions else "")),
+        *([("reused", f"about {plan.reused:.0%}: equal to others, or left out")]
+          if plan.reused else []),
         ("tokens", f"{plan.tokens:,}"),
         ("chunks", f"{plan.chunks:,} of up to {plan.chunk_tokens:,} tokens"),
         ("expected time", _seconds(plan.seconds)),
@@ -575,13 +759,18 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
 
 def _stats_rows(stats: StreamStats) -> list[tuple[str, str]]:
     return [
-        ("regions", f"{stats.regions:,}"),
+        ("regions", f"{stats.regions:,}"
+         + (f", {stats.reused:,} with the pixels of another" if stats.reused else "")),
+        *([("left out", f"{stats.left_out:,} regions, named in run.json")]
+          if stats.left_out else []),
         ("tokens", f"{stats.tokens:,}"),
         ("time", _seconds(stats.seconds)),
         ("speed", f"{stats.regions_per_s:.1f} regions/s"),
         ("peak memory", f"{_bytes(stats.peak_memory)}, "
          f"{_bytes(stats.peak_memory - stats.base_memory)} above the loaded model"),
         ("bytes read", _bytes(stats.bytes_read)),
+        *([("resumed", f"{stats.resumed} times; time and counts are of all parts")]
+          if stats.resumed else []),
     ]  # fmt: skip
 
 

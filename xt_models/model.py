@@ -226,15 +226,23 @@ class XT(nn.Module, PyTorchModelHubMixin):
     ) -> torch.Tensor:
         """Normalised regions `[.., R, C, s, s]` of a window of pixels, in the model's dtype."""
         mean, std = self.normalization(image.dtype)
-        dtype = next(self.parameters()).dtype
+        dtype = next(self.parameters()).dtype if out is None else out.dtype
         return extract_regions(
             image, grid, regions=regions, origin=origin, mean=mean, std=std, dtype=dtype, out=out
         )
 
-    def encode(self, regions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def encode(
+        self, regions: torch.Tensor, region_encoder: nn.Module | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """regions `[R, C, s, s]` -> (features `[R, t, t, C]` for the context encoder, raw features
-        `[R, t, t, D]` where the residual form needs them)."""
-        raw = self.region_encoder(regions)
+        `[R, t, t, D]` where the residual form needs them).
+
+        region_encoder: a copy to use instead of the model's, in another dtype perhaps.
+        """
+        if region_encoder is None:
+            raw = self.region_encoder(regions)
+        else:
+            raw = region_encoder(regions).to(next(self.parameters()).dtype)
         return self.input_proj(raw), raw if self.output_proj is not None else None
 
     def stitch(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -21,7 +23,6 @@ from xt_kernels.regions import RegionGrid
 if TYPE_CHECKING:
     from .model import XT
     from .source import ImageSource
-    from .streaming import StreamStats
 
 REGIONS_PER_BLOCK = 8
 """Regions of one row in a block of the token map: 64 tokens wide at 256 px and stride 32, 1.5 MB at
@@ -70,21 +71,72 @@ def check_output(out: str | Path) -> Path:
     return part
 
 
+class WriteBehind:
+    """Runs calls in order on one thread, at most `depth` behind, on the CUDA stream that is current
+    here. A call that failed raises in the next `submit`, or in `wait`; nothing runs after it."""
+
+    def __init__(self, device: torch.device, depth: int = 4) -> None:
+        is_cuda = device.type == "cuda"
+        self._stream = torch.cuda.current_stream(device) if is_cuda else None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="xt-writer")
+        self._queue: deque[Future[None]] = deque()
+        self._depth = depth
+
+    def submit(self, job: Callable[..., None], *args: Any) -> None:
+        """Queues `job(*args)`; waits while the queue is full."""
+        while len(self._queue) > self._depth or (self._queue and self._queue[0].done()):
+            self._queue.popleft().result()
+        self._queue.append(self._pool.submit(self._run, job, *args))
+
+    def _run(self, job: Callable[..., None], *args: Any) -> None:
+        with torch.cuda.stream(self._stream):  # nothing where there is none
+            job(*args)
+
+    def wait(self) -> None:
+        """Waits until all is done."""
+        while self._queue:
+            self._queue.popleft().result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
 class TokenMapWriter:
     """Writes tokens as the zarr array `[rows, cols, C]`, float32, block by block as regions arrive.
 
     A block holds `REGIONS_PER_BLOCK` neighbours of one region row; it is written once, when its
     last region has come, so a row-major or zig-zag walk keeps at most three blocks in memory.
     Tokens of one chunk come at a time, row-major over the chunk.
+
+    written: files since the caller last emptied it. blocks: what `blocks` was when an earlier
+    writer of the same files stopped; None starts a new map.
     """
 
-    def __init__(self, path: Path, model: XT, grid: RegionGrid, source: ImageSource) -> None:
+    def __init__(
+        self,
+        path: Path,
+        model: XT,
+        grid: RegionGrid,
+        source: ImageSource,
+        blocks: dict[str, Any] | None = None,
+    ) -> None:
         import zarr
         from zarr.codecs import BloscCodec
 
-        self._grid, self._stride = grid, model.stride
+        self._path, self._grid, self._stride = path, grid, model.stride
         self._side = grid.region // model.stride
+        self._blocks: dict[tuple[int, int], tuple[np.ndarray[Any, Any], int]] = {}
+        self.written: list[Path] = []
         rows, cols = grid.token_shape(model.stride)
+        if blocks is not None:
+            self._array = zarr.open_array(str(path), mode="r+")
+            for key, (block, missing) in blocks.items():
+                row, col = (int(n) for n in key.split(","))
+                self._blocks[row, col] = block.numpy(), missing
+            return
         self._array = zarr.create_array(
             str(path),
             shape=(rows, cols, model.num_features),
@@ -95,7 +147,15 @@ class TokenMapWriter:
             compressors=BloscCodec(cname="lz4", clevel=1, shuffle="shuffle"),
             attributes=token_map_attributes(model, source),
         )
-        self._blocks: dict[tuple[int, int], tuple[np.ndarray[Any, Any], int]] = {}
+        self.written.append(path / "zarr.json")
+
+    @property
+    def blocks(self) -> dict[str, Any]:
+        """The unfinished blocks as plain values and tensors."""
+        return {
+            f"{row},{col}": (torch.from_numpy(block), missing)
+            for (row, col), (block, missing) in self._blocks.items()
+        }
 
     def add(self, regions: Sequence[int], tokens: torch.Tensor) -> None:
         """tokens: `[L, C]`, those of `regions` in row order."""
@@ -107,15 +167,28 @@ class TokenMapWriter:
             part = values.as_strided(
                 (height, width, channels), (pitch * channels, channels, 1), start * channels
             )
-            key = (region // self._grid.cols, region % self._grid.cols // REGIONS_PER_BLOCK)
-            block, missing = self._blocks.get(key) or self._new_block(key)
-            top, left = key[0] * self._side, key[1] * self._side * REGIONS_PER_BLOCK
-            block[row - top : row - top + height, col - left : col - left + width] = part.numpy()
-            if missing > 1:
-                self._blocks[key] = block, missing - 1
-            else:
-                self._blocks.pop(key, None)
-                self._array[top : top + block.shape[0], left : left + block.shape[1]] = block
+            self._put(region, (row, col, height, width), part.numpy())
+
+    def leave_out(self, regions: Iterable[int]) -> None:
+        """Marks regions that have no tokens: their places in the map are NaN."""
+        rows, cols, _ = self._array.shape
+        for region in regions:
+            row, col = (n * self._side for n in divmod(region, self._grid.cols))
+            place = row, col, min(self._side, rows - row), min(self._side, cols - col)
+            self._put(region, place, np.float32(np.nan))
+
+    def _put(self, region: int, place: tuple[int, int, int, int], values: Any) -> None:
+        row, col, height, width = place
+        key = (region // self._grid.cols, region % self._grid.cols // REGIONS_PER_BLOCK)
+        block, missing = self._blocks.get(key) or self._new_block(key)
+        top, left = key[0] * self._side, key[1] * self._side * REGIONS_PER_BLOCK
+        block[row - top : row - top + height, col - left : col - left + width] = values
+        if missing > 1:
+            self._blocks[key] = block, missing - 1
+            return
+        self._blocks.pop(key, None)
+        self._array[top : top + block.shape[0], left : left + block.shape[1]] = block
+        self.written.append(self._path / "c" / str(key[0]) / str(key[1]) / "0")
 
     def close(self) -> None:
         """Checks that every block was written."""
@@ -163,18 +236,16 @@ def write_embedding(
     source: ImageSource,
     embedding: np.ndarray[Any, Any],
     logits: np.ndarray[Any, Any] | None,
-    stats: StreamStats,
 ) -> None:
-    """Writes the image embedding, the class scores and what the run cost as JSON."""
+    """Writes the image embedding and the class scores as JSON."""
     record: dict[str, Any] = {
         "image": source.name,
         "image_size": [source.height, source.width],
         "config": asdict(model.config),
         "embedding": embedding.tolist(),
-        "stats": asdict(stats) | {"regions_per_s": stats.regions_per_s},
     }
     if logits is not None:
-        record |= class_scores(logits)
+        record |= {"logits": logits.tolist()} | class_scores(logits)
     path.write_text(json.dumps(record, indent=1))
 
 
@@ -193,9 +264,11 @@ class Thumbnail:
 
     One pixel covers `cell` x `cell` image pixels; `cell` divides the encoder's stride. uint8 images
     keep their colours; others are stretched from the 1st to the 99th percentile.
+
+    path: a file that holds the pixels, so that a run that goes on finds those of regions before.
     """
 
-    def __init__(self, grid: RegionGrid, model: XT, source: ImageSource) -> None:
+    def __init__(self, grid: RegionGrid, model: XT, source: ImageSource, path: Path) -> None:
         longer, stride = max(grid.height, grid.width), model.stride
         divisors = [d for d in range(1, stride + 1) if stride % d == 0]
         self.cell = next((d for d in divisors if longer <= d * PREVIEW_SIDE), stride)
@@ -204,23 +277,42 @@ class Thumbnail:
         mean, std = model.normalization(torch.uint8 if source.dtype.kind == "u" else torch.float32)
         self._mean = torch.tensor(mean or [0.0])[:3, None, None]
         self._std = torch.tensor(std or [1.0])[:3, None, None]
-        self.pixels: torch.Tensor | None = None
+        height, width = (-(-n // self.cell) for n in (grid.height, grid.width))
+        bands = min(model.config.in_chans, 3)
+        size = bands * height * width
+        self._file = path.open("a+b")
+        # A page that the disk has no room for would end the process, not the call.
+        os.posix_fallocate(self._file.fileno(), 0, 4 * size)
+        self.pixels = torch.from_file(str(path), shared=True, size=size).view(bands, height, width)
 
-    def add(self, ids: Sequence[int], regions: torch.Tensor) -> None:
-        """regions: `[R, C, s, s]`, normalised; the first three bands are shown."""
-        small = F.avg_pool2d(regions[:, :3].float(), self.cell).cpu() * self._std + self._mean
-        if self.pixels is None:
-            height, width = (-(-n // self.cell) for n in (self._grid.height, self._grid.width))
-            self.pixels = small.new_zeros(small.shape[1], height, width)
+    def sync(self) -> None:
+        """Makes what was shown so far outlast a power cut."""
+        os.fsync(self._file.fileno())
+
+    def shrink(self, regions: torch.Tensor) -> torch.Tensor:
+        """What `put` takes of regions `[R, C, s, s]`, normalised; the first three bands."""
+        return F.avg_pool2d(regions[:, :3].float(), self.cell)
+
+    def put(self, ids: Sequence[int], small: torch.Tensor) -> None:
+        """Shows regions, `small` as `shrink` returned it."""
+        small = small.cpu() * self._std + self._mean
         side = self._grid.region // self.cell
         for index, part in zip(ids, small, strict=True):
             top, left = (index // self._grid.cols * side, index % self._grid.cols * side)
             place = self.pixels[:, top : top + side, left : left + side]
             place.copy_(part[:, : place.shape[1], : place.shape[2]])
 
+    def repeat(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Shows the second region of each pair, which passed by, in the place of the first too."""
+        side, cols = self._grid.region // self.cell, self._grid.cols
+        for region, twin in pairs:
+            top, left = (n * side for n in divmod(region, cols))
+            y, x = (n * side for n in divmod(twin, cols))
+            place = self.pixels[:, top : top + side, left : left + side]
+            place.copy_(self.pixels[:, y : y + place.shape[1], x : x + place.shape[2]])
+
     def rgb(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """The picture, `[h, w, 3]`: one band shows as grey, two as red and green."""
-        assert self.pixels is not None
         values = self.pixels.numpy()
         if len(values) < 3:
             blank = values[:1] if len(values) == 1 else np.zeros_like(values[:1])
@@ -237,7 +329,7 @@ def write_preview(
     """Writes the thumbnail and, right of it, the first three principal components as RGB.
 
     The components are found on at most 4,096 tokens spread over the map, then the map is projected
-    row block by row block.
+    row block by row block. Tokens that were left out are black.
     """
     import zarr
     from PIL import Image
@@ -256,7 +348,8 @@ def write_preview(
             for top in range(0, rows, step)
         ]
     ).astype(np.float64)
-    mean = sample.mean(0)
+    sample = sample[np.isfinite(sample[:, 0])]
+    mean = sample.mean(0) if len(sample) else np.zeros(channels)
     vectors = np.linalg.eigh((sample - mean).T @ (sample - mean)).eigenvectors
     axes = vectors[:, ::-1][:, :3]
     # An eigenvector has no sign of its own: the largest entry is made positive.
@@ -335,6 +428,6 @@ def _field_colours(
 def _stretch(
     values: np.ndarray[Any, Any], axes: tuple[int, ...]
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    low, high = np.percentile(values, [1, 99], axis=axes, keepdims=True)
-    scaled = (values - low) / np.maximum(high - low, 1e-12)
+    low, high = np.nanpercentile(values, [1, 99], axis=axes, keepdims=True)
+    scaled = np.nan_to_num((values - low) / np.maximum(high - low, 1e-12))
     return np.asarray((scaled.clip(0, 1) * 255).round(), dtype=np.uint8)

@@ -1,7 +1,7 @@
 """What a run will take, before it runs: regions, tokens, chunks, memory, time, disk.
 
-Time and memory come from a short probe of this model on this machine: one batch of regions and one
-chunk of tokens, each run once to warm up and once to measure.
+Time and memory come from a trial: the first batches and chunks of this image through this model, as
+`stream` runs them, a few seconds long. How many regions will be reused is counted on a sample.
 """
 
 from __future__ import annotations
@@ -12,22 +12,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .context_encoder import Memory
+from .encoding import BatchEncoder
 from .host import available_memory, current_rss, free_disk, peak_rss, reset_peak_rss
 from .mamba import MambaContextEncoder
 from .model import XT
+from .output import PREVIEW_SIDE, REGIONS_PER_BLOCK
+from .profiling import Profile
+from .reading import Key, LeftOut, Reader
 from .source import ImageSource
-from .streaming import check_bands
+from .streaming import Precision, Visit, check_bands, drop_value, stream_chunks
 
 PROBE_TOKENS = 1024
 """Longest sequence that the probe of a context encoder runs; longer ones are worked out."""
 
+TRIAL_SECONDS = 5.0
+"""A trial ends after this time if it has seen two chunks, after three times as long in any case."""
+
+SAMPLED_REGIONS, SAMPLE_SECONDS = 1024, 3.0
+"""Regions that are read to estimate how many are equal, and the time to stop at."""
+
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes in pixels, regions and tokens; bytes; seconds. `memory` is above the loaded model."""
+    """Sizes in pixels, regions and tokens; bytes; seconds. `memory` is above the loaded model.
+
+    reused: share of the visits that take the features of an equal region, estimated.
+    """
 
     height: int
     width: int
@@ -35,6 +49,7 @@ class Plan:
     rows: int
     cols: int
     visits: int
+    reused: float
     tokens: int
     chunks: int
     chunk_tokens: int
@@ -62,6 +77,10 @@ def plan(
     batch_size: int = 16,
     readers: int = 2,
     bands: Sequence[int] | None = None,
+    fill: float | None = None,
+    reuse: bool = True,
+    drop: Any = None,
+    precision: Precision | None = None,
     out: str | Path = ".",
 ) -> Plan:
     """Tells what `stream` with the same arguments will take; takes a few seconds itself.
@@ -73,55 +92,220 @@ def plan(
     steps = model.walk(grid)
     rows, cols = grid.token_shape(model.stride)
     visits = sum(len(step.regions) for step in steps)
-    batch_size = min(batch_size, visits)
     longest = next(step for step in steps if step.emit)  # later chunks may end at the image's edge
     chunk_tokens = grid.placement(longest.regions, model.stride).length
     device = next(model.parameters()).device
     dtype = next(model.parameters()).dtype
-    side = grid.region
 
-    regions = torch.zeros(batch_size, model.config.in_chans, side, side, device=device, dtype=dtype)
-    encode_seconds, encode_memory = _measure(lambda: model.encode(regions), device)
-
-    per_chunk, mix_memory = 0.0, 0
-    if model.context is not None:
-        short = _mix_cost(model, min(chunk_tokens, PROBE_TOKENS), device, dtype)
-        if chunk_tokens <= PROBE_TOKENS:
-            per_chunk, mix_memory = short
-        else:
-            # Attention is quadratic in the tokens and the rest linear: two lengths tell them apart.
-            half = _mix_cost(model, PROBE_TOKENS // 2, device, dtype)
-            quadratic = max(short[0] - 2 * half[0], 0.0) * 2 / PROBE_TOKENS**2
-            linear = max(short[0] / PROBE_TOKENS - quadratic * PROBE_TOKENS, 0.0)
-            per_chunk = quadratic * chunk_tokens**2 + linear * chunk_tokens
-            mix_memory = short[1] * chunk_tokens // PROBE_TOKENS
-
-    width = model.config.dim if model.context is not None else model.num_features
-    token_bytes = chunk_tokens * width * dtype.itemsize
-    pixel_bytes = side * side * source.dtype.itemsize * source.bands
-    windows = (readers + 2) * batch_size * pixel_bytes
-    normalised = regions.nbytes * 2
-    writer = rows * cols * model.num_features * 4 if model.config.chunk_regions is None else 0
+    options: dict[str, Any] = {"bands": bands, "fill": fill, "reuse": reuse, "drop": drop}
+    options["precision"] = precision
+    reused = 0.0
+    if reuse or drop is not None:
+        chosen = None if bands is None else list(bands)
+        reader = Reader(source, grid, chosen, 0.0, drop=drop_value(source, drop))
+        reused = _equal_share(reader)
+    trial = _Trial(model, source, batch_size=batch_size, readers=readers, **options)
+    seconds = trial.warm_up + visits * trial.visit_seconds
+    seconds += (1 - reused) * visits / trial.batch_size * trial.encode_seconds
+    memory = trial.memory
+    if model.context is not None and model.config.chunk_regions is None:
+        per_chunk, mix_memory = _long_mix_cost(model, chunk_tokens, device, dtype)
+        seconds += len(steps) * per_chunk
+        width = model.config.dim + (model.num_features if model.output_proj is not None else 0)
+        tokens = chunk_tokens * width * dtype.itemsize
+        memory = max(memory, mix_memory) + tokens + rows * cols * model.num_features * 4
+    if device.type != "cuda":
+        side = grid.region // model.stride
+        block = side * side * REGIONS_PER_BLOCK * model.num_features * 4
+        memory += 4 * block + min(grid.height * grid.width, PREVIEW_SIDE**2) * 4 * 3
     return Plan(
         height=source.height,
         width=source.width,
-        region=side,
+        region=grid.region,
         rows=grid.rows,
         cols=grid.cols,
         visits=visits,
+        reused=reused,
         tokens=rows * cols,
         chunks=sum(step.emit for step in steps),
         chunk_tokens=chunk_tokens,
-        seconds=visits / batch_size * encode_seconds + len(steps) * per_chunk,
-        memory=int(
-            max(encode_memory, mix_memory) + windows + normalised + 2 * token_bytes + writer
-        ),
+        seconds=seconds,
+        memory=int(memory),
         memory_available=(
             torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
         ),
         output_bytes=rows * cols * model.num_features * 4,
         disk_free=free_disk(Path(out)),
     )
+
+
+def choose_precision(model: XT) -> tuple[Precision, dict[str, float]]:
+    """bfloat16 where it encodes 1.2 times as fast, else float32; and regions/s of both."""
+    regions_per_s: dict[str, float] = {}
+    for name in ("float32", "bfloat16"):
+        encoder = BatchEncoder(model, 4, getattr(torch, name))
+        seconds, _ = _measure(encoder.encode, encoder.regions.device)
+        regions_per_s[name] = 4 / seconds
+    faster = regions_per_s["bfloat16"] >= 1.2 * regions_per_s["float32"]
+    return "bfloat16" if faster else "float32", regions_per_s
+
+
+def choose_batch_size(
+    model: XT,
+    source: ImageSource,
+    *,
+    readers: int = 2,
+    memory: int | None = None,
+    precision: Precision | None = None,
+) -> tuple[int, dict[int, float]]:
+    """The smallest batch size within 5 % of the fastest, and seconds a region of each one tried.
+
+    memory: bytes that the run may take above the model; default half of what is free.
+    Raises ValueError if not even one region fits.
+    """
+    device = next(model.parameters()).device
+    if memory is None:
+        on_device = device.type == "cuda"
+        memory = (torch.cuda.mem_get_info(device)[0] if on_device else available_memory()) // 2
+    window = source.bands * model.config.region**2 * source.dtype.itemsize * (readers + 2)
+    tried: dict[int, float] = {}
+    size, start = 1, time.perf_counter()
+    while size <= (256 if device.type == "cuda" else 32):
+        encoder = BatchEncoder(model, size, precision and getattr(torch, precision))
+        try:
+            seconds, taken = _measure(encoder.encode, device)
+        except torch.OutOfMemoryError:
+            break
+        if encoder.rows < size:  # it had to halve the batch
+            break
+        if taken + encoder.regions.nbytes + size * window + _FIXED_BYTES > memory:
+            break
+        tried[size] = seconds / size
+        if time.perf_counter() - start > 2 * TRIAL_SECONDS:
+            break
+        size *= 2
+    if not tried:
+        raise ValueError(
+            f"choose_batch_size: memory must hold one region's activations and "
+            f"{_FIXED_BYTES >> 20} MiB, got {memory >> 20} MiB."
+        )
+    best = min(tried.values())
+    return next(size for size, each in tried.items() if each <= 1.05 * best), tried
+
+
+_FIXED_BYTES = 96 << 20
+"""What a run takes besides its batch: kept regions and tiles, blocks of the map, the preview."""
+
+
+class _Enough(Exception):
+    """The trial has seen what it needs."""
+
+
+class _Trial:
+    """The beginning of a run, timed.
+
+    encode_seconds: of one batch. visit_seconds: all else, a visit. warm_up: what the first batch
+    took longer. memory: the peak, bytes above the loaded model.
+    """
+
+    def __init__(self, model: XT, source: ImageSource, *, batch_size: int, **options: Any) -> None:
+        device = next(model.parameters()).device
+        grid = model.grid(source.height, source.width)
+        steps = model.walk(grid)
+        order = sum(len(step.regions) for step in steps)
+        self.batch_size = -(-order // -(-order // batch_size))
+        whole = model.config.chunk_regions is None
+        wanted = 64 if whole else 2 * len(steps[0].regions)
+        profile = Profile(device)
+        marks: list[tuple[float, int, int]] = []  # time, batches begun, visits done
+        visits = 0
+
+        def mark(batches: int) -> None:
+            now = time.perf_counter() - start
+            before = marks[-1][1] if marks else 0
+            marks.append((now, before + batches, visits))
+            enough = now > TRIAL_SECONDS and len(marks) > 2 and visits >= wanted
+            if enough or (visits and now > 3 * TRIAL_SECONDS):
+                raise _Enough
+
+        def on_visits(group: Sequence[Visit]) -> None:
+            nonlocal visits
+            visits += len(group)
+            mark(0)
+
+        reset_peak_rss()
+        base = current_rss()
+        if device.type == "cuda":
+            base = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        start = time.perf_counter()
+        try:
+            for _ in stream_chunks(
+                model,
+                source,
+                batch_size=batch_size,
+                spans=profile,
+                on_regions=lambda *_: mark(1),
+                on_visits=on_visits,
+                **options,
+            ):
+                pass
+        except _Enough:
+            pass
+        profile.finish()
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss()
+        self.memory = max(peak - base, 0)
+        lengths = profile.lengths("encode")
+        self.encode_seconds = float(np.mean(lengths[1:] or lengths))
+        # From the first batch's end on, whose visits are the first to be marked, all is steady.
+        steady = next((m for m in marks if m[2]), marks[-1])
+        last = marks[-1]
+        rest = (last[0] - steady[0]) - (last[1] - steady[1]) * self.encode_seconds
+        begun, done = (steady, last) if last[2] > steady[2] else ((0.0, 0, 0), last)
+        if begun is not steady:
+            rest = last[0] - sum(lengths)
+        self.visit_seconds = max(rest, 0.0) / max(done[2] - begun[2], 1)
+        self.warm_up = max(
+            steady[0] - steady[1] * self.encode_seconds - steady[2] * self.visit_seconds, 0.0
+        )
+
+
+def _equal_share(reader: Reader) -> float:
+    """Share of the regions that a run does not encode, from reading some, spread over the image.
+
+    Uniform regions count once a kind, those that are left out not at all.
+    """
+    grid = reader.grid
+    every = max(grid.num_regions // SAMPLED_REGIONS, 1)
+    seen: set[Key] = set()
+    count = spared = 0
+    start = time.perf_counter()
+    for first in range(0, grid.num_regions, every * REGIONS_PER_BLOCK):
+        regions = range(first, min(first + REGIONS_PER_BLOCK, grid.num_regions))
+        for window in reader.read(regions):
+            for key in window.keys:
+                count += 1
+                if isinstance(key, LeftOut) or key in seen:
+                    spared += 1
+                elif isinstance(key, Key) and key.uniform:
+                    seen.add(key)
+        if time.perf_counter() - start > SAMPLE_SECONDS:
+            break
+    return spared / count
+
+
+def _long_mix_cost(
+    model: XT, tokens: int, device: torch.device, dtype: torch.dtype
+) -> tuple[float, int]:
+    """(seconds, bytes) of a chunk of any length."""
+    short = _mix_cost(model, min(tokens, PROBE_TOKENS), device, dtype)
+    if tokens <= PROBE_TOKENS:
+        return short
+    # Attention is quadratic in the tokens and the rest linear: two lengths tell them apart.
+    half = _mix_cost(model, PROBE_TOKENS // 2, device, dtype)
+    quadratic = max(short[0] - 2 * half[0], 0.0) * 2 / PROBE_TOKENS**2
+    linear = max(short[0] / PROBE_TOKENS - quadratic * PROBE_TOKENS, 0.0)
+    return quadratic * tokens**2 + linear * tokens, short[1] * tokens // PROBE_TOKENS
 
 
 def _mix_cost(

@@ -1,21 +1,26 @@
 """The walk of `XT.forward` over an image that does not fit: bounded memory, one direction.
 
 Reader threads fetch the windows of the next batches; the main thread cuts them into regions,
-encodes a batch, stitches its features into the token buffer of their chunk, and runs the context
-encoder when the chunk is complete. Live at any time: the windows of `readers + 2` batches, one
-batch of activations, the buffers of one or two chunks, and the memory of the context encoder. None
-of them depends on the size of the image.
+encodes full batches of regions that are new, stitches features into the token buffer of their
+chunk in visiting order, and runs the context encoder when the chunk is complete; a writer thread
+takes results to the CPU and to the disk. On CUDA the main thread only queues work, and waits for
+the device where the writer is too far behind. Live at any time:
+the windows of `readers + 2` batches, one batch of activations, the regions kept for reuse, the
+buffer of one chunk, and the memory of the context encoder. None of them depends on the size of the
+image.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,43 +28,74 @@ import torch
 from xt_kernels.regions import RegionGrid
 
 from .context_encoder import Memory
+from .encoding import BatchEncoder, Features, Seen
 from .grid import Step
 from .host import current_rss, peak_rss, reset_peak_rss
+from .journal import Run, identity_of, open_run
 from .model import XT
+from .output import Thumbnail, TokenMapWriter, WriteBehind, write_embedding, write_preview
+from .profiling import Profile, Spans, no_spans
+from .reading import Key, LeftOut, ReadAhead, Reader, Window, region_pixels
 from .source import ImageSource, SourceError, open_image
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+MAX_WAITING = 1024
+"""Visits that may wait for a batch to fill. They hold no memory of their own: what stands behind
+the first of them is either in the same batch or kept for reuse anyway."""
 
 
 class ChunkTokens(NamedTuple):
     """One chunk out of the context encoder.
 
-    regions: its region numbers. tokens: `[L, C]`, row-major over the chunk, on the model's device.
-    summary: its part of the embedding, `[1, C]`. memory: what the next chunk will see, or None; a
-    model with memory="kv" writes over it in the next chunks.
+    step: its place in `model.walk`. regions: its region numbers, less those left out. tokens:
+    `[L, C]`, row-major over them, on the model's device. summary: its part of the embedding,
+    `[1, C]`. memory: what the next chunk will see, or None; a model with memory="kv" writes over it
+    in the next chunks. left_out: why the other regions of the chunk have no tokens.
     """
 
+    step: int
     regions: tuple[int, ...]
     tokens: torch.Tensor
     summary: torch.Tensor
     memory: Memory | None
+    left_out: dict[int, str]
+
+
+class Visit(NamedTuple):
+    """One region as the walk passes by. twin: the region whose features it takes, itself where they
+    were encoded for this visit or an earlier one; None if it is left out. reused: not for this one.
+    """
+
+    region: int
+    twin: int | None
+    reused: bool
 
 
 @dataclass(frozen=True)
 class StreamStats:
     """What a run cost, in bytes and seconds. Memory is resident memory of the process; the base is
     that before the first window was read, with the model loaded.
+
+    regions: visits, those of a first pass included; of these, `reused` had the pixels of a region
+    before them and `left_out` have no tokens. resumed: times that the run was taken up again; the
+    other numbers cover all its parts, but for memory.
     """
 
     regions: int
+    reused: int
+    left_out: int
     tokens: int
     chunks: int
     seconds: float
     bytes_read: int
     base_memory: int
     peak_memory: int
+    resumed: int
 
     @property
     def regions_per_s(self) -> float:
-        """Regions encoded a second, reading, context and writing included."""
+        """Regions visited a second, reading, context and writing included."""
         return self.regions / self.seconds
 
 
@@ -81,7 +117,15 @@ def stream_chunks(
     readers: int = 2,
     bands: Sequence[int] | None = None,
     fill: float | None = None,
+    reuse: bool = True,
+    drop: float | Literal["nodata"] | None = None,
+    on_bad_tile: Literal["stop", "mask"] = "stop",
+    precision: Precision | None = None,
     on_regions: Callable[[Sequence[int], torch.Tensor], None] | None = None,
+    on_visits: Callable[[Sequence[Visit]], None] | None = None,
+    spans: Spans = no_spans,
+    start: int = 0,
+    memory: Memory | None = None,
 ) -> Iterator[ChunkTokens]:
     """Walks over the image and gives the tokens of each chunk as soon as they are there.
 
@@ -89,8 +133,17 @@ def stream_chunks(
     source: what `open_image` returns. bands: band numbers from 0, default all.
     batch_size: regions encoded at once. readers: threads that read ahead.
     fill: value for NaN and infinite pixels; None refuses them.
+    reuse: encode regions with identical pixels once; no bit of the result changes by it.
+    drop: leave out the tokens of regions that hold nothing but this value, or but the image's own
+        nodata value. This changes the result: no other token sees them.
+    on_bad_tile: "stop" raises for a tile that does not decode; "mask" leaves out its regions.
+    precision: of the region encoder; the context encoder, which is a small part of the work, keeps
+        the model's. None is the model's for both.
     on_regions: called with region numbers and normalised regions `[R, C, s, s]` of each batch, a
-        buffer that the next batch fills again.
+        buffer that the next batch fills again. Regions that are reused are not among them.
+    on_visits: called with the visits that are done, in the order of the walk.
+    spans: takes the times of what the main thread does.
+    start, memory: begin with this step of `model.walk`, and the memory of the chunk before it.
 
     The tokens do not depend on batch_size, readers or the order in which reads finish, beyond the
     rounding of the backbone's own batched arithmetic.
@@ -102,42 +155,252 @@ def stream_chunks(
             raise ValueError(f"stream: {name} must be at least 1, got {value}.")
     grid = model.grid(source.height, source.width)
     steps = model.walk(grid)
-    visits = [(k, region) for k, step in enumerate(steps) for region in step.regions]
-    batches = [visits[i : i + batch_size] for i in range(0, len(visits), batch_size)]
+    order = [region for step in steps for region in step.regions]
+    # As even as can be: 17 regions in batches of up to 16 are two of 9, not one full and one of 1.
+    batch_size = -(-len(order) // -(-len(order) // batch_size))
+    # Batches stay those of the whole walk: no region changes its slot for where the walk starts.
+    first = sum(len(step.regions) for step in steps[:start]) // batch_size * batch_size
+    batches = [order[i : i + batch_size] for i in range(first, len(order), batch_size)]
+    if on_bad_tile not in ("stop", "mask"):
+        raise ValueError(f"stream: on_bad_tile must be 'stop' or 'mask', got {on_bad_tile!r}.")
+    dropped, mask = drop_value(source, drop), on_bad_tile == "mask"
+    device = next(model.parameters()).device
+    reader = Reader(source, grid, chosen, fill, reuse, dropped, mask, pin=device.type == "cuda")
+    encoder = BatchEncoder(model, batch_size, precision and getattr(torch, precision))
+    walk = _Walk(model, source, grid, steps, encoder, on_regions, on_visits, spans)
+    walk.begin([k for k, step in enumerate(steps) for _ in step.regions][first:], start, memory)
+    with torch.inference_mode(), ReadAhead(reader.read, batches, readers) as results:
+        for _ in batches:
+            with spans("idle"):
+                windows = next(results)
+            for window in windows:
+                yield from walk.take(window)
+        yield from walk.finish()
 
-    def read(batch: list[tuple[int, int]]) -> list[_Window]:
-        regions = [region for _, region in batch]
-        return [_read_run(source, grid, run, chosen, fill) for run in _runs(regions, grid)]
 
-    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-    shape = min(batch_size, len(visits)), model.config.in_chans, grid.region, grid.region
-    buffer = torch.empty(shape, device=device, dtype=dtype)
-    pending: dict[int, _Chunk] = {}
-    memory: Memory | None = None
-    with torch.inference_mode(), _ReadAhead(read, batches, readers) as windows:
-        for batch, parts in zip(batches, windows, strict=True):
-            ids = [region for _, region in batch]
-            regions, filled = buffer[: len(ids)], 0
-            for w in parts:
-                part = regions[filled : filled + len(w.regions)]
-                model.extract(w.pixels.to(device), grid, w.regions, w.origin, out=part)
-                filled += len(w.regions)
-            if on_regions is not None:
-                on_regions(ids, regions)
-            features, raw = model.encode(regions)
-            at = 0
-            while at < len(batch):  # a batch may end one chunk and begin the next
-                k = batch[at][0]
-                end = at + sum(step == k for step, _ in batch[at:])
-                chunk = pending.setdefault(k, _Chunk(model, grid, steps[k]))
-                chunk.add(ids[at:end], features[at:end], None if raw is None else raw[at:end])
-                at = end
-                if chunk.missing:
-                    continue
-                del pending[k]
-                tokens, summary, memory = model.mix(chunk.tokens, chunk.raw, memory)
-                if steps[k].emit:
-                    yield ChunkTokens(steps[k].regions, tokens[0], summary, memory)
+class _Waiting(NamedTuple):
+    """A visit whose features may not be there yet, or a region that is left out."""
+
+    step: int
+    region: int
+    features: Features | LeftOut
+    reused: bool
+
+    @property
+    def is_ready(self) -> bool:
+        return isinstance(self.features, LeftOut) or self.features.batch is not None
+
+
+class _Walk:
+    """What is between the windows that come in and the chunks that go out."""
+
+    def __init__(
+        self,
+        model: XT,
+        source: ImageSource,
+        grid: RegionGrid,
+        steps: list[Step],
+        encoder: BatchEncoder,
+        on_regions: Callable[[Sequence[int], torch.Tensor], None] | None,
+        on_visits: Callable[[Sequence[Visit]], None] | None,
+        spans: Spans,
+    ) -> None:
+        self._spans = spans
+        self._model, self._grid, self._steps, self._encoder = model, grid, steps, encoder
+        self._on_regions, self._on_visits = on_regions, on_visits
+        width = model.num_features + (model.config.dim if model.output_proj is not None else 0)
+        tokens = (grid.region // model.stride) ** 2
+        pixels = source.bands * grid.region**2 * source.dtype.itemsize
+        self._seen = Seen(pixels + tokens * width * encoder.regions.element_size())
+        self._batch: list[Features] = []
+        self._waiting: deque[_Waiting] = deque()
+        self._chunk: _Chunk | None = None
+
+    def begin(self, steps: list[int], start: int, memory: Memory | None) -> None:
+        """steps: the step of each visit to come; visits before step `start` are only encoded."""
+        self._step_of_visit, self._start, self._memory = iter(steps), start, memory
+
+    def take(self, window: Window) -> Iterator[ChunkTokens]:
+        """Puts the regions of a window in their batch; chunks that are complete come out."""
+        fresh: list[int] = []
+        for region, key in zip(window.regions, window.keys, strict=True):
+            features = key if isinstance(key, LeftOut) else self._reused(window, region, key)
+            reused = isinstance(features, Features)
+            if features is None:
+                features = Features(region)
+                if isinstance(key, Key):
+                    self._seen.add(key, self._pixels(window, region), features)
+                self._batch.append(features)
+                fresh.append(region)
+            step = next(self._step_of_visit)
+            self._waiting.append(_Waiting(step, region, features, reused))
+            if len(self._batch) == len(self._encoder.regions):
+                self._extract(window, fresh)
+                fresh = []
+                self._encode()
+                yield from self._done()
+        self._extract(window, fresh)
+        if len(self._waiting) > MAX_WAITING:
+            self._encode()
+        yield from self._done()
+
+    def finish(self) -> Iterator[ChunkTokens]:
+        """The chunks that still wait for a batch to fill."""
+        self._encode()
+        yield from self._done()
+
+    def _pixels(self, window: Window, region: int) -> np.ndarray[Any, np.dtype[Any]]:
+        return region_pixels(window.pixels.numpy(), self._grid, window.origin, region)
+
+    def _reused(self, window: Window, region: int, key: Key | None) -> Features | None:
+        """The features of an earlier region with the same pixels, if any can be had."""
+        if key is None:
+            return None
+        features = self._seen.find(key, self._pixels(window, region))
+        return features if features is not None and self._encoder.slots_agree() else None
+
+    def _extract(self, window: Window, regions: list[int]) -> None:
+        """Cuts regions, the last ones that the batch took, into its buffer."""
+        if not regions:
+            return
+        buffer, end = self._encoder.regions, len(self._batch)
+        part = buffer[end - len(regions) : end]
+        with self._spans("copy"):
+            pixels = window.pixels.to(buffer.device, non_blocking=True)
+            self._model.extract(pixels, self._grid, regions, window.origin, out=part)
+
+    def _encode(self) -> None:
+        if not self._batch:
+            return
+        if self._on_regions is not None:
+            ids = [features.region for features in self._batch]
+            self._on_regions(ids, self._encoder.regions[: len(ids)])
+        with self._spans("encode"):
+            batch, raw = self._encoder.encode()
+        for index, features in enumerate(self._batch):
+            features.settle(batch, raw, index)
+        self._batch.clear()
+
+    def _done(self) -> Iterator[ChunkTokens]:
+        """Stitches the visits that are ready, in the order of the walk."""
+        while self._waiting and self._waiting[0].is_ready:
+            k = self._waiting[0].step
+            group = []
+            while self._waiting and self._waiting[0].step == k and self._waiting[0].is_ready:
+                group.append(self._waiting.popleft())
+            if k < self._start:
+                continue
+            if self._chunk is None:
+                self._chunk = _Chunk(self._model, self._grid, self._steps[k])
+            with self._spans("stitch"):
+                self._chunk.add(group)
+            if self._on_visits is not None:
+                self._on_visits([_visit(waiting) for waiting in group])
+            if not self._chunk.missing:
+                chunk, self._chunk = self._chunk, None
+                with self._spans("context"):
+                    mixed = self._mix(k, chunk)
+                if self._steps[k].emit:
+                    yield mixed
+
+    def _mix(self, step: int, chunk: _Chunk) -> ChunkTokens:
+        left_out = chunk.left_out
+        regions = tuple(region for region in chunk.regions if region not in left_out)
+        if regions:
+            tokens, summary, self._memory = self._model.mix(chunk.tokens, chunk.raw, self._memory)
+        else:
+            tokens = self._encoder.regions.new_zeros(1, 0, self._model.num_features)
+            summary = tokens.sum(1)
+        return ChunkTokens(step, regions, tokens[0], summary, self._memory, left_out)
+
+
+def _visit(waiting: _Waiting) -> Visit:
+    features = waiting.features
+    twin = None if isinstance(features, LeftOut) else features.region
+    return Visit(waiting.region, twin, waiting.reused)
+
+
+class _Chunk:
+    """Token buffers of one chunk, filled by regions in any number and order."""
+
+    def __init__(self, model: XT, grid: RegionGrid, step: Step) -> None:
+        self._model, self._grid, self.regions = model, grid, step.regions
+        self.missing = len(step.regions)
+        self.left_out: dict[int, str] = {}
+        self._tokens: torch.Tensor | None = None
+        self._raw: torch.Tensor | None = None
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """`[1, L, C]`, without the places of regions that are left out."""
+        assert self._tokens is not None
+        return self._kept(self._tokens)
+
+    @property
+    def raw(self) -> torch.Tensor | None:
+        """`[1, L, D]` where the residual form needs them."""
+        return None if self._raw is None else self._kept(self._raw)
+
+    def add(self, group: list[_Waiting]) -> None:
+        """Stitches regions whose features are there, and notes those that are left out."""
+        self.missing -= len(group)
+        ids: list[int] = []
+        found: list[Features] = []
+        for waiting in group:
+            if isinstance(waiting.features, LeftOut):
+                self.left_out[waiting.region] = waiting.features.reason
+            else:
+                ids.append(waiting.region)
+                found.append(waiting.features)
+        if not ids:
+            return
+        batches, raws = zip(*_rows(found), strict=True)
+        self._tokens = self._put(self._tokens, ids, batches, position=True)
+        if raws[0] is not None:
+            self._raw = self._put(self._raw, ids, raws, position=False)
+
+    def _put(
+        self,
+        buffer: torch.Tensor | None,
+        ids: list[int],
+        parts: tuple[torch.Tensor, ...],
+        *,
+        position: bool,
+    ) -> torch.Tensor:
+        features = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if buffer is None:
+            length = self._grid.placement(self.regions, self._model.stride).length
+            buffer = features.new_empty(1, length, features.shape[-1])
+        return self._model.stitch(
+            features[None], self._grid, ids, self.regions, out=buffer, position=position
+        )
+
+    def _kept(self, tokens: torch.Tensor) -> torch.Tensor:
+        if not self.left_out:
+            return tokens
+        placement = self._grid.placement(self.regions, self._model.stride)
+        keep = torch.ones(placement.length, dtype=torch.bool)
+        for region in self.left_out:
+            start, pitch, height, width, _, _ = placement.table[placement.slots[region]].tolist()
+            keep.as_strided((height, width), (pitch, 1), start).zero_()
+        return tokens[:, keep.to(tokens.device)]
+
+
+def _rows(found: list[Features]) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Batch and raw rows of features in order, neighbours in one batch as one slice."""
+    first = 0
+    for i, features in enumerate(found):
+        after = found[i + 1] if i + 1 < len(found) else None
+        if (
+            after is not None
+            and after.batch is features.batch
+            and after.index == features.index + 1
+        ):
+            continue
+        assert features.batch is not None
+        rows = slice(found[first].index, features.index + 1)
+        first = i + 1
+        yield features.batch[rows], None if features.raw is None else features.raw[rows]
 
 
 def stream(
@@ -149,89 +412,244 @@ def stream(
     readers: int = 2,
     bands: Sequence[int] | None = None,
     fill: float | None = None,
+    reuse: bool = True,
+    drop: float | Literal["nodata"] | None = None,
+    on_bad_tile: Literal["stop", "mask"] = "stop",
+    precision: Precision | None = None,
     preview: bool = True,
+    checkpoint_seconds: float = 10.0,
     progress: Callable[[int], None] | None = None,
+    profile: Profile | None = None,
 ) -> StreamResult:
     """Runs `model` over an image of any size in bounded memory and writes the results as they come.
 
     source: an `ImageSource`, or anything that `open_image` takes.
-    out: folder to make, holding `tokens.zarr`, `embedding.json` and `preview.png`; must not exist.
-        It appears under its name only when it is complete. None writes nothing.
-    preview: make the picture. progress: called with the number of regions done since the last call.
+    out: folder to make, holding `tokens.zarr`, `embedding.json`, `preview.png` and `run.json`; must
+        not exist. It appears under its name only when it is complete. None writes nothing.
+    preview: make the picture.
+    checkpoint_seconds: how often the state of the run is saved in `<out>.part`. The same call after
+        a run that was stopped, in whatever way, goes on from there and gives the same bytes.
+    progress: called with the number of regions done since the last call.
+    profile: takes the times.
     The other arguments are those of `stream_chunks`.
 
-    Raises OSError for `out` and what `stream_chunks` raises; nothing is left then.
+    Raises OSError for `out`, ValueError if `<out>.part` is a run with another image, model or
+    setting, and what `stream_chunks` raises. Nothing is left then if no state was saved yet.
     """
-    from .output import OutputFolder, Thumbnail, TokenMapWriter, write_embedding, write_preview
-
     opened = source if isinstance(source, ImageSource) else open_image(source)
-    check_bands(model, opened, bands)
-    if not opened.height or not opened.width:
-        raise SourceError(f"{opened.name}: expected at least one pixel, found none.")
-    grid = model.grid(opened.height, opened.width)
     was_training = model.training
     model.eval()
-    reset_peak_rss()
-    base = current_rss()
-    read_before = opened.bytes_read
-    start = time.perf_counter()
-    num_chunks = 0
-    total: torch.Tensor | None = None
-    thumbnail = Thumbnail(grid, model, opened) if preview and out is not None else None
-
-    def on_regions(ids: Sequence[int], regions: torch.Tensor) -> None:
-        if thumbnail is not None:
-            thumbnail.add(ids, regions)
-        if progress is not None:
-            progress(len(ids))
-
+    spans = no_spans if profile is None else profile
+    opened.spans = spans
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "bands": bands,
+        "fill": fill,
+        "drop": drop,
+        "precision": precision,
+    }
     try:
-        with OutputFolder(out) as folder:
-            writer = None
-            if folder is not None:
-                writer = TokenMapWriter(folder / "tokens.zarr", model, grid, opened)
-            for chunk in stream_chunks(
-                model,
-                opened,
-                batch_size=batch_size,
-                readers=readers,
-                bands=bands,
-                fill=fill,
-                on_regions=on_regions,
-            ):
-                if writer is not None:
-                    writer.add(chunk.regions, chunk.tokens)
-                total = chunk.summary if total is None else total + chunk.summary
-                num_chunks += 1
-            assert total is not None
-            rows, cols = grid.token_shape(model.stride)
-            with torch.inference_mode():
-                embedding = model.embed(total, rows * cols)
-                logits = (
-                    None if model.head is None else model.head(embedding)[0].float().cpu().numpy()
-                )
-            vector = embedding[0].float().cpu().numpy()
-            stats = StreamStats(
-                regions=sum(len(step.regions) for step in model.walk(grid)),
-                tokens=rows * cols,
-                chunks=num_chunks,
-                seconds=time.perf_counter() - start,
-                bytes_read=opened.bytes_read - read_before,
-                base_memory=base,
-                peak_memory=peak_rss(),
-            )
-            if folder is not None and writer is not None:
-                writer.close()
-                write_embedding(folder / "embedding.json", model, opened, vector, logits, stats)
-                if thumbnail is not None:
-                    write_preview(
-                        folder / "preview.png", folder / "tokens.zarr", thumbnail, model, opened
-                    )
+        check_bands(model, opened, bands)
+        if not opened.height or not opened.width:
+            raise SourceError(f"{opened.name}: expected at least one pixel, found none.")
+        streamed = _Streamed(model, opened, spans)
+        with ExitStack() as stack:
+            if out is not None:
+                identity = identity_of(model, opened, options | {"preview": preview})
+                streamed.open(stack.enter_context(open_run(out, identity)), preview)
+            if streamed.stats is None:
+                options |= {"readers": readers, "reuse": reuse, "on_bad_tile": on_bad_tile}
+                streamed.run(checkpoint_seconds, progress, **options)
     finally:
         model.train(was_training)
+        opened.spans = no_spans
         if opened is not source:
             opened.close()
-    return StreamResult(vector, logits, stats, None if out is None else Path(out))
+        if profile is not None:
+            profile.finish()
+    assert streamed.stats is not None
+    where = None if out is None else Path(out)
+    return StreamResult(streamed.embedding, streamed.logits, streamed.stats, where)
+
+
+class _Streamed:
+    """One call of `stream`: sums over the chunks, and what is written of them."""
+
+    def __init__(self, model: XT, source: ImageSource, spans: Spans) -> None:
+        self._model, self._source, self._spans = model, source, spans
+        self._grid = model.grid(source.height, source.width)
+        self._run: Run | None = None
+        self._map: TokenMapWriter | None = None
+        self._thumbnail: Thumbnail | None = None
+        self._state: dict[str, Any] = {
+            "step": -1, "memory": None, "total": None, "visits": 0, "reused": 0, "chunks": 0,
+            "left_out": {}, "seconds": 0.0, "bytes_read": 0, "resumed": 0,
+        }  # fmt: skip
+        self.stats: StreamStats | None = None
+        self.embedding: np.ndarray[Any, np.dtype[np.float32]]
+        self.logits: np.ndarray[Any, np.dtype[np.float32]] | None = None
+
+    def open(self, run: Run, preview: bool) -> None:
+        """Takes up the run where it stands."""
+        self._run = run
+        if run.record is not None:  # all is written, and only the folder has not its name yet
+            written = json.loads((run.part / "embedding.json").read_text())
+            self.embedding = np.array(written["embedding"], dtype=np.float32)
+            if "logits" in written:
+                self.logits = np.array(written["logits"], dtype=np.float32)
+            self.stats = StreamStats(**run.record["stats"])
+            return
+        blocks = None
+        if run.state is not None:
+            device = next(self._model.parameters()).device
+            self._state = run.state
+            self._state["resumed"] += 1
+            blocks = self._state.pop("blocks")
+            for name in ("memory", "total"):
+                if self._state[name] is not None:
+                    self._state[name] = self._state[name].to(device)
+        if preview:
+            path = run.journal / "thumbnail"
+            self._thumbnail = Thumbnail(self._grid, self._model, self._source, path)
+        path = run.part / "tokens.zarr"
+        self._map = TokenMapWriter(path, self._model, self._grid, self._source, blocks)
+
+    def run(
+        self, checkpoint_seconds: float, progress: Callable[[int], None] | None, **options: Any
+    ) -> None:
+        """The walk from where the run stands to its end."""
+        state, before = self._state, dict(self._state)
+        reset_peak_rss()
+        base, read_before, start = current_rss(), self._source.bytes_read, time.perf_counter()
+        saved = start
+        if progress is not None and state["visits"]:
+            progress(state["visits"])
+
+        def on_visits(group: Sequence[Visit]) -> None:
+            # Visits come before the chunk that they complete, so a chunk's state counts them all.
+            state["visits"] += len(group)
+            state["reused"] += sum(visit.reused for visit in group)
+            pairs = [(v.region, v.twin) for v in group if v.twin not in (None, v.region)]
+            if self._thumbnail is not None and pairs:
+                writer.submit(self._thumbnail.repeat, pairs)
+            if progress is not None:
+                progress(len(group))
+
+        def on_regions(ids: Sequence[int], regions: torch.Tensor) -> None:
+            # Shrunk here, brought to the CPU by the writer: the device is not waited for.
+            if self._thumbnail is not None:
+                writer.submit(self._thumbnail.put, list(ids), self._thumbnail.shrink(regions))
+
+        def count() -> None:
+            state["seconds"] = before["seconds"] + time.perf_counter() - start
+            state["bytes_read"] = before["bytes_read"] + self._source.bytes_read - read_before
+
+        with WriteBehind(next(self._model.parameters()).device) as writer:
+            for chunk in stream_chunks(
+                self._model,
+                self._source,
+                on_regions=on_regions,
+                on_visits=on_visits,
+                spans=self._spans,
+                start=state["step"] + 1,
+                memory=state["memory"],
+                **options,
+            ):
+                if self._map is not None:
+                    with self._spans("idle"):
+                        writer.submit(self._write, chunk)
+                total = state["total"]
+                state["total"] = chunk.summary if total is None else total + chunk.summary
+                state["step"], state["memory"] = chunk.step, chunk.memory
+                state["chunks"] += 1
+                state["left_out"] |= chunk.left_out
+                if self._run is not None and time.perf_counter() - saved >= checkpoint_seconds:
+                    count()
+                    with self._spans("idle"):
+                        writer.submit(self._checkpoint, _copy(state))
+                    saved = time.perf_counter()
+            count()
+            if self._run is not None:
+                writer.submit(self._checkpoint, _copy(state))
+            writer.wait()
+        self._source.check_unchanged()
+        self._finish(base)
+
+    def _write(self, chunk: ChunkTokens) -> None:
+        assert self._map is not None
+        with self._spans("write"):
+            self._map.add(chunk.regions, chunk.tokens)
+            self._map.leave_out(chunk.left_out)
+
+    def _checkpoint(self, state: dict[str, Any]) -> None:
+        assert self._run is not None and self._map is not None
+        with self._spans("write"):
+            if self._thumbnail is not None:
+                self._thumbnail.sync()
+            self._run.checkpoint(state | {"blocks": self._map.blocks}, self._map.written)
+            self._map.written.clear()
+
+    def _finish(self, base: int) -> None:
+        """Embedding, scores, stats, and the files that hold them."""
+        state, model = self._state, self._model
+        rows, cols = self._grid.token_shape(model.stride)
+        tokens = rows * cols
+        if state["left_out"]:
+            sizes = self._grid.placement(None, model.stride).table[list(state["left_out"]), 2:4]
+            tokens -= int(sizes.prod(1).sum())
+        if not tokens:
+            first = next(iter(state["left_out"].values()))
+            raise SourceError(
+                f"{self._source.name}: expected a region to encode, found all left out ({first})."
+            )
+        with torch.inference_mode():
+            embedding = model.embed(state["total"], tokens)
+            self.embedding = embedding[0].float().cpu().numpy()
+            if model.head is not None:
+                self.logits = model.head(embedding)[0].float().cpu().numpy()
+        self.stats = StreamStats(
+            regions=state["visits"],
+            reused=state["reused"],
+            left_out=len(state["left_out"]),
+            tokens=tokens,
+            chunks=state["chunks"],
+            seconds=state["seconds"],
+            bytes_read=state["bytes_read"],
+            base_memory=base,
+            peak_memory=peak_rss(),
+            resumed=state["resumed"],
+        )
+        if self._run is None:
+            return
+        part = self._run.part
+        files = [part / "embedding.json"]
+        write_embedding(files[0], model, self._source, self.embedding, self.logits)
+        if self._thumbnail is not None:
+            files.append(part / "preview.png")
+            write_preview(files[1], part / "tokens.zarr", self._thumbnail, model, self._source)
+        left_out = {str(region): why for region, why in sorted(state["left_out"].items())}
+        self._run.finish({"stats": asdict(self.stats), "left_out": left_out}, files)
+
+
+def _copy(state: dict[str, Any]) -> dict[str, Any]:
+    """The state as it is now, on the CPU: memory may be written over in the next chunk."""
+    buffer = BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    copied: dict[str, Any] = torch.load(buffer, weights_only=True, map_location="cpu")
+    return copied
+
+
+def drop_value(source: ImageSource, drop: float | str | None) -> float | None:
+    """The value whose regions are left out. Raises ValueError for "nodata" without one."""
+    if drop != "nodata":
+        return None if drop is None else float(drop)
+    value = source.metadata.get("nodata")
+    if value is None:
+        raise ValueError(
+            f"{source.name} names no nodata value: give the value to leave out with drop (--drop)."
+        )
+    return float(value)
 
 
 def check_bands(model: XT, source: ImageSource, bands: Sequence[int] | None) -> list[int] | None:
@@ -250,104 +668,3 @@ def check_bands(model: XT, source: ImageSource, bands: Sequence[int] | None) -> 
             f"stream: bands must be {wanted} numbers in [0, {source.bands}), got {list(bands)}."
         )
     return list(bands)
-
-
-class _Window(NamedTuple):
-    """Pixels `[C, h, w]` that hold `regions`, with the (row, column) of their top left corner."""
-
-    regions: list[int]
-    origin: tuple[int, int]
-    pixels: torch.Tensor
-
-
-def _runs(regions: list[int], grid: RegionGrid) -> Iterator[list[int]]:
-    """Splits region numbers into runs of neighbours in one row, so that one read serves a run."""
-    run: list[int] = []
-    for region in regions:
-        if run and (region // grid.cols != run[-1] // grid.cols or abs(region - run[-1]) != 1):
-            yield run
-            run = []
-        run.append(region)
-    if run:
-        yield run
-
-
-def _read_run(
-    source: ImageSource,
-    grid: RegionGrid,
-    run: list[int],
-    bands: list[int] | None,
-    fill: float | None,
-) -> _Window:
-    top, left, height, _ = grid.box(min(run))
-    _, last, _, width = grid.box(max(run))
-    pixels = source.read(top, left, height, last + width - left)
-    if bands is not None:
-        pixels = pixels[bands]
-    if pixels.dtype.kind == "f":
-        finite = np.isfinite(pixels)
-        if not finite.all():
-            if fill is None:
-                band, y, x = (int(i) for i in np.argwhere(~finite)[0])
-                raise SourceError(
-                    f"{source.name}: expected finite pixels, found {pixels[band, y, x]} at row "
-                    f"{top + y}, column {left + x}, band {band + 1}; choose a value for such "
-                    f"pixels with fill (--fill)."
-                )
-            pixels = np.where(finite, pixels, pixels.dtype.type(fill))
-    return _Window(run, (top, left), torch.from_numpy(np.require(pixels, requirements=["C", "W"])))
-
-
-class _Chunk:
-    """Token buffers of one chunk, filled by regions in any number and order."""
-
-    def __init__(self, model: XT, grid: RegionGrid, step: Step) -> None:
-        self.model, self.grid, self.regions = model, grid, step.regions
-        self.missing = len(step.regions)
-        self._tokens: torch.Tensor | None = None
-        self.raw: torch.Tensor | None = None
-
-    @property
-    def tokens(self) -> torch.Tensor:
-        assert self._tokens is not None
-        return self._tokens
-
-    def add(self, ids: list[int], features: torch.Tensor, raw: torch.Tensor | None) -> None:
-        self._tokens = self._put(self._tokens, ids, features, position=True)
-        if raw is not None:
-            self.raw = self._put(self.raw, ids, raw, position=False)
-        self.missing -= len(ids)
-
-    def _put(
-        self, buffer: torch.Tensor | None, ids: list[int], features: torch.Tensor, *, position: bool
-    ) -> torch.Tensor:
-        if buffer is None:
-            length = self.grid.placement(self.regions, self.model.stride).length
-            buffer = features.new_empty(1, length, features.shape[-1])
-        return self.model.stitch(
-            features[None], self.grid, ids, self.regions, out=buffer, position=position
-        )
-
-
-class _ReadAhead:
-    """Results of `job` over `items` in order, computed by threads at most `readers + 1` ahead."""
-
-    def __init__(self, job: Callable[[Any], Any], items: Sequence[Any], readers: int) -> None:
-        self._job, self._items = job, iter(items)
-        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="xt-reader")
-        self._queue: deque[Future[Any]] = deque()
-        self._depth = readers + 1
-
-    def __enter__(self) -> Iterator[Any]:
-        return self._results()
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def _results(self) -> Iterator[Any]:
-        for item in self._items:
-            self._queue.append(self._pool.submit(self._job, item))
-            if len(self._queue) > self._depth:
-                yield self._queue.popleft().result()
-        while self._queue:
-            yield self._queue.popleft().result()

@@ -23,7 +23,7 @@ Imports go one way, from the last of these to the first:
     open.py            which of these reads a file: `open_image`
 """
 
-from .base import ImageSource, SourceError
+from .base import DamagedTileError, ImageSource, SourceError
 from .open import open_image
 
-__all__ = ["ImageSource", "SourceError", "open_image"]
+__all__ = ["DamagedTileError", "ImageSource", "SourceError", "open_image"]

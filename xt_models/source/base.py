@@ -10,6 +10,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from ..profiling import Spans, no_spans
+
 Array = np.ndarray[Any, Any]
 Window = tuple[int, int, int, int]  # top, left, height, width in pixels of a level
 
@@ -28,6 +30,10 @@ DTYPES = "bool, integers of 8 to 64 bits or floats of 16 to 64 bits"
 
 class SourceError(ValueError):
     """What cannot be read as an image; one sentence: name, what was expected, what was found."""
+
+
+class DamagedTileError(SourceError):
+    """A tile or strip that does not decode, in a file that is otherwise readable."""
 
 
 def expect(holds: object, name: str, expected: str, found: object) -> None:
@@ -57,6 +63,7 @@ class ImageSource(ABC):
             ("EPSG:32633" or WKT), "transform" ([a, b, c, d, e, f]: x = a column + b row + c,
             y = d column + e row + f), "mpp" ([y, x], microns per pixel), "nodata".
         recipe: the callable and its arguments that make this source again; for pickle.
+        spans: takes the times of "read" and "decode".
     """
 
     height: int
@@ -70,6 +77,7 @@ class ImageSource(ABC):
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.spans: Spans = no_spans
         self._closed = False
         self._bytes_read = 0
         self._lock = threading.Lock()
@@ -106,7 +114,8 @@ class ImageSource(ABC):
                 )
         expect(not self._closed, self.name, "an open source", "one that was closed")
         try:
-            return self._read((top, left, height, width), level)
+            with self.spans("read"):
+                return self._read((top, left, height, width), level)
         except (SourceError, MemoryError):
             raise
         except Exception as error:
@@ -117,6 +126,10 @@ class ImageSource(ABC):
     def bytes_read(self) -> int:
         """Bytes fetched from the file so far, as stored; bytes of windows where that is unknown."""
         return self._bytes_read
+
+    def check_unchanged(self) -> None:
+        """Raise `SourceError` if the file was written to since it was opened, where that shows."""
+        return None
 
     def close(self) -> None:
         """Let the file go; reading afterwards raises `SourceError`. Closing twice is fine."""

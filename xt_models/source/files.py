@@ -96,6 +96,9 @@ class FileSource(ImageSource):
     def bytes_read(self) -> int:
         return self._file.bytes_read
 
+    def check_unchanged(self) -> None:
+        self._file.check_unchanged()
+
     def close(self) -> None:
         super().close()
         self._file.close()

@@ -72,7 +72,8 @@ class PillowSource(ImageSource):
     def _read(self, window: Window, level: int) -> Array:
         with self._lock:
             if self._pixels is None:
-                self._pixels = self._decode()
+                with self.spans("decode"):
+                    self._pixels = self._decode()
                 self._bytes_read = os.stat(self.name).st_size
             pixels = self._pixels
         top, left, height, width = window

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import Array, SourceError, Window, expect, reason
+from .base import Array, DamagedTileError, Window, expect, reason
 from .files import FileSource, bands_first, read_rows
 from .metadata import tiff_metadata
 from .tiff_page import (
@@ -160,7 +160,8 @@ class TiffSource(FileSource):
             if page.compression == JPEG:
                 size = _jpeg_size(data, size, inside)
                 jfif = data[6:10] == b"JFIF"
-            tile = _decoder(_small_tiff(page, *size, jfif))(data, page.jpeg_tables)
+            with self.spans("decode"):
+                tile = _decoder(_small_tiff(page, *size, jfif))(data, page.jpeg_tables)
             if tile.shape != (*size, page.plane_samples):
                 raise ValueError(f"pixels of {list(tile.shape)}")
             return tile
@@ -169,7 +170,7 @@ class TiffSource(FileSource):
         except Exception as error:
             what = f"{page.segment} {index} (row {row}, column {column})"
             where = f"{count:,} bytes at byte {offset:,}"
-            raise SourceError(
+            raise DamagedTileError(
                 f"{self.name}: expected {what} of level {level} in {where}, "
                 f"found damaged data ({reason(error)})."
             ) from error

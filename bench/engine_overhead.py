@@ -1,0 +1,97 @@
+"""What the engine costs where the region encoder costs nothing: megapixels a second, in memory.
+
+    python bench/engine_overhead.py
+
+The encoder picks one pixel of each token, so what is left is reading windows, telling equal regions
+apart, cutting and normalising, stitching, and the loop around them. Beside it the same pixels are
+copied as the engine must at least: uint8 out of the image, float32 into a batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from pathlib import Path
+
+from xt_models.host import keep_memory_flat
+
+keep_memory_flat()  # before torch loads, as the command line does
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import xt_models as xm  # noqa: E402
+from xt_models.host import cpu_name, num_cpus  # noqa: E402
+from xt_models.registry import RandomWeightsWarning  # noqa: E402
+from xt_models.streaming import stream_chunks  # noqa: E402
+
+REGION = 256
+
+
+class Pick(torch.nn.Module):
+    """[R, C, s, s] -> [R, s / 32, s / 32, C]: every 32nd pixel."""
+
+    def forward(self, regions: torch.Tensor) -> torch.Tensor:
+        return regions[:, :, ::32, ::32].permute(0, 2, 3, 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--side", type=int, default=8192)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--readers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RandomWeightsWarning)
+        model = xm.create_model("convnext_atto", context=None)
+    model.region_encoder.forward = Pick().forward
+    model.region_encoder.num_features = 3
+    model.num_features = 3
+    side = args.side
+    pixels = np.random.default_rng(0).integers(0, 255, (3, side, side), dtype=np.uint8)
+    source = xm.open_image(pixels, axes="CHW")
+    whole = torch.from_numpy(pixels)
+    batch = torch.empty(3, REGION, side)
+    times: dict[str, list[float]] = {"engine": [], "copy": []}
+    work: dict[str, list[float]] = {"engine": [], "copy": []}
+
+    def engine() -> None:
+        options = {"batch_size": args.batch_size, "readers": args.readers}
+        for _ in stream_chunks(model, source, **options):
+            pass
+
+    def copy() -> None:
+        for top in range(0, side, REGION):
+            batch.copy_(whole[:, top : top + REGION].clone())
+
+    for _ in range(args.rounds):
+        for name, run in (("engine", engine), ("copy", copy)):
+            start, used = time.perf_counter(), time.process_time()
+            run()
+            times[name].append(time.perf_counter() - start)
+            work[name].append(time.process_time() - used)
+    megapixels = side * side / 1e6
+    record = {
+        "what": "streaming with an encoder that picks pixels, against copying the same pixels",
+        "image": f"{side} x {side} x 3 uint8 in memory",
+        "batch_size": args.batch_size,
+        "readers": args.readers,
+        "cpu": cpu_name(),
+        "cores": num_cpus(),
+        "threads": torch.get_num_threads(),
+        "mpx_per_s": {k: megapixels / statistics.median(v[1:]) for k, v in times.items()},
+        "best_mpx_per_s": {k: megapixels / min(v) for k, v in times.items()},
+        "mpx_per_processor_s": {k: megapixels / statistics.median(v[1:]) for k, v in work.items()},
+    }
+    print(json.dumps(record, indent=1))
+    if args.out is not None:
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

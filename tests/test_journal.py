@@ -1,0 +1,304 @@
+"""A run that is stopped anywhere goes on and gives the same bytes, or says why it does not."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_streaming import page, scene, small
+
+import xt_models as xm
+from xt_models.journal import locked, open_run, read_record, verify
+
+pytestmark = pytest.mark.filterwarnings("ignore::xt_models.registry.RandomWeightsWarning")
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(visits):
+    left = [visits]
+
+    def progress(count):
+        left[0] -= count
+        if left[0] <= 0:
+            raise Stopped
+
+    return progress
+
+
+def contents(folder):
+    """Bytes of every file but what a run cost."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "run.json"
+    }
+
+
+MODELS = {
+    "xl": {},
+    "kv": {"memory": "kv", "memory_chunks": 2, "residual": True},
+    "zigzag": {"tiling": "zigzag"},
+    "two-stream": {"tiling": "two-stream", "memory_chunks": 2},
+    "none": {"context": None},
+    "whole image": {"context": "vit", "chunk_regions": None},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_stopped_run_goes_on_and_gives_the_same_bytes(name, tmp_path):
+    model = small(num_classes=3, **MODELS[name])
+    source = xm.open_image(page(), axes="HWC")
+    options = {"batch_size": 4, "checkpoint_seconds": 0}
+    whole = xm.stream(model, source, tmp_path / "whole", **options)
+    for visits in (21, 29, 37):
+        with pytest.raises(Stopped):
+            xm.stream(model, source, tmp_path / "out", progress=stop_after(visits), **options)
+        assert not (tmp_path / "out").exists()
+        assert (tmp_path / "out.part").exists() == (name != "whole image")
+    result = xm.stream(model, source, tmp_path / "out", **options)
+    assert result.stats.resumed == (0 if name == "whole image" else 3)
+    assert (result.stats.regions, result.stats.chunks) == (whole.stats.regions, whole.stats.chunks)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+    np.testing.assert_array_equal(result.logits, whole.logits)
+    assert verify(tmp_path / "out") == []
+
+
+def test_what_is_done_is_not_done_again(tmp_path):
+    model = small()
+    source = xm.open_image(scene())
+    options = {"batch_size": 3, "readers": 1, "checkpoint_seconds": 0}
+    with pytest.raises(Stopped):
+        xm.stream(model, source, tmp_path / "out", progress=stop_after(18), **options)
+    read = source.bytes_read
+    result = xm.stream(model, source, tmp_path / "out", **options)
+    identity = 200 * 330 * 3  # every pixel of an array is read to know it again
+    assert source.bytes_read - read - identity < 200 * 330 * 3 / 2
+    assert result.stats.regions == 24
+
+
+def test_slots_that_round_differently_are_kept_over_a_stop(tmp_path, monkeypatch):
+    model = small(residual=True)
+    plain = model.region_encoder.forward
+
+    def uneven(regions):
+        return plain(regions) * (1 + torch.arange(len(regions))[:, None, None, None] * 1e-6)
+
+    monkeypatch.setattr(model.region_encoder, "forward", uneven)
+    options = {"batch_size": 5, "checkpoint_seconds": 0}
+    xm.stream(model, page(), tmp_path / "whole", **options)
+    with pytest.raises(Stopped):
+        xm.stream(model, page(), tmp_path / "out", progress=stop_after(20), **options)
+    assert xm.stream(model, page(), tmp_path / "out", **options).stats.resumed == 1
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_full_disk_at_any_sync_leaves_a_run_that_goes_on(tmp_path, monkeypatch):
+    model, source = small(), xm.open_image(scene())
+    options = {"checkpoint_seconds": 0, "batch_size": 6}
+    xm.stream(model, source, tmp_path / "whole", **options)
+    real, calls = os.fsync, [0]
+
+    def full(handle):
+        calls[0] += 1
+        if calls[0] == fail_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out.part")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    failures = 0
+    while not (tmp_path / "out").exists():
+        calls[0], fail_at = 0, failures % 12 + 1
+        try:
+            xm.stream(model, source, tmp_path / "out", **options)
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+            failures += 1
+            # The last sync is that of the name, after the renaming.
+            assert not (tmp_path / "out").exists() or calls[0] == fail_at
+    assert failures > 8
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert verify(tmp_path / "out") == []
+
+
+def stopped(tmp_path, model=None, pixels=None, **options):
+    with pytest.raises(Stopped):
+        xm.stream(
+            small() if model is None else model,
+            scene() if pixels is None else pixels,
+            tmp_path / "out",
+            progress=stop_after(18),
+            checkpoint_seconds=0,
+            **{"batch_size": 3} | options,
+        )
+    return contents(tmp_path / "out.part")
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"pixels": scene(seed=5)}, "image sha256 was .* and is"),
+        ({"pixels": scene(200, 331)}, r"image size was \[200, 330\] and is \[200, 331\]"),
+        ({"model": {"seed": 1}}, "model weights was .* and is"),
+        ({"model": {"tiling": "zigzag"}}, "model tiling was row and is zigzag"),
+        ({"batch_size": 4}, "settings batch_size was 3 and is 4"),
+        ({"preview": False}, "settings preview was True and is False"),
+    ],
+)
+def test_another_image_model_or_setting_is_refused(change, said, tmp_path):
+    before = stopped(tmp_path)
+    model = small(**change.pop("model", {}))
+    pixels = change.pop("pixels", None)
+    with pytest.raises(ValueError, match=f"was begun differently: .*{said}.* remove"):
+        xm.stream(model, scene() if pixels is None else pixels, tmp_path / "out",
+                  **{"batch_size": 3} | change)  # fmt: skip
+    assert contents(tmp_path / "out.part") == before
+    assert xm.stream(small(), scene(), tmp_path / "out", batch_size=3).stats.resumed == 1
+
+
+def test_a_changed_file_is_refused_even_with_the_same_pixels(tmp_path):
+    np.save(tmp_path / "scene.npy", scene())
+    stopped(tmp_path, pixels=tmp_path / "scene.npy")
+    os.utime(tmp_path / "scene.npy", ns=(1, 1))
+    with pytest.raises(ValueError, match=r"image modified_ns was .* and is 1"):
+        xm.stream(small(), tmp_path / "scene.npy", tmp_path / "out", batch_size=3)
+
+
+def test_damage_in_a_stopped_run_is_found(tmp_path):
+    stopped(tmp_path)
+    part = tmp_path / "out.part"
+    block = next(p for p in (part / "tokens.zarr" / "c").rglob("*") if p.is_file())
+    good = block.read_bytes()
+    block.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"tokens.zarr/c/.* is missing or was changed: remove"):
+        xm.stream(small(), scene(), tmp_path / "out", batch_size=3)
+    block.write_bytes(good)
+    state = next((part / "journal").glob("state-*.pt"))
+    state.write_bytes(state.read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match=r"journal/state-\d+.pt is missing or was changed"):
+        xm.stream(small(), scene(), tmp_path / "out", batch_size=3)
+
+
+@pytest.mark.parametrize("cut", [1, 40, 200])
+def test_a_line_that_was_cut_off_does_not_count(cut, tmp_path):
+    xm.stream(small(), scene(), tmp_path / "whole", batch_size=3)
+    stopped(tmp_path)
+    log = tmp_path / "out.part" / "journal" / "log"
+    lines = log.read_bytes().splitlines(keepends=True)
+    assert len(lines) > 2
+    # A line is followed by the removal of the state before it, so cut lines are those in flight.
+    log.write_bytes(b"".join(lines) + lines[-1][:cut])
+    (tmp_path / "out.part" / "tokens.zarr" / "c" / "9.partial").write_bytes(b"left by a kill")
+    assert xm.stream(small(), scene(), tmp_path / "out", batch_size=3).stats.resumed == 1
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_run_that_only_lacked_its_name_is_finished_as_it_is(tmp_path):
+    first = xm.stream(small(num_classes=2), scene(), tmp_path / "out")
+    record = (tmp_path / "out" / "run.json").read_bytes()
+    (tmp_path / "out").rename(tmp_path / "out.part")
+    (tmp_path / "out.part" / "journal").mkdir()
+    again = xm.stream(small(num_classes=2), scene(), tmp_path / "out")
+    assert again.stats == first.stats
+    np.testing.assert_array_equal(again.embedding, first.embedding)
+    np.testing.assert_array_equal(again.logits, first.logits)
+    assert (tmp_path / "out" / "run.json").read_bytes() == record
+    assert verify(tmp_path / "out") == []
+
+
+def test_two_runs_on_one_output(tmp_path):
+    (tmp_path / "out.part").mkdir()
+    code = (
+        "import sys; from xt_models.journal import locked\n"
+        "with locked(sys.argv[1]): print('mine', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out.part")]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "mine\n"
+        with pytest.raises(BlockingIOError, match="another run is writing to it"):
+            xm.stream(small(), scene(), tmp_path / "out")
+    finally:
+        other.kill()
+        other.wait()
+        other.stdin.close()
+        other.stdout.close()
+    xm.stream(small(), scene(), tmp_path / "out")
+    assert verify(tmp_path / "out") == []
+
+
+def test_a_folder_that_was_renamed_while_it_was_locked_is_not_ours(tmp_path, monkeypatch):
+    import fcntl
+
+    part = tmp_path / "out.part"
+    part.mkdir()
+    real = fcntl.flock
+
+    def rename_first(handle, how):
+        part.rename(tmp_path / "out")
+        real(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", rename_first)
+    with pytest.raises(BlockingIOError), locked(part):
+        pass
+
+
+def test_a_failure_before_the_first_checkpoint_leaves_nothing(tmp_path):
+    with pytest.raises(Stopped):
+        xm.stream(small(), scene(), tmp_path / "out", progress=stop_after(1))
+    with pytest.raises(Stopped), open_run(tmp_path / "out", {}):
+        raise Stopped
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_finds_any_flipped_byte(tmp_path):
+    xm.stream(small(), scene(100, 150), tmp_path / "out")
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) == 6
+    rng = np.random.default_rng(0)
+    for path in files:
+        good = path.read_bytes()
+        for at in {0, len(good) - 1, *rng.integers(len(good), size=20).tolist()}:
+            bad = bytearray(good)
+            bad[at] ^= 1 << int(rng.integers(8))
+            path.write_bytes(bad)
+            name = str(path.relative_to(tmp_path / "out"))
+            assert verify(tmp_path / "out") == [f"{name} was changed."], at
+        path.write_bytes(good)
+    assert verify(tmp_path / "out") == []
+    (tmp_path / "out" / "more").write_text("")
+    files[0].rename(tmp_path / "gone")
+    missing = str(files[0].relative_to(tmp_path / "out"))
+    expected = {f"{missing} is missing.", "more does not belong to it."}
+    assert expected <= {*verify(tmp_path / "out"), "run.json is missing."}
+    with pytest.raises(FileNotFoundError, match=r"holds no run.json"):
+        verify(tmp_path)
+
+
+def test_the_record_tells_what_the_bytes_depend_on(tmp_path):
+    model = small()
+    xm.stream(model, scene(), tmp_path / "out")
+    record = read_record(tmp_path / "out")
+    assert record["identity"]["settings"]["batch_size"] == 16
+    assert record["identity"]["model"]["region"] == 64
+    assert record["identity"]["machine"]["torch"] == torch.__version__
+    assert set(record["files"]) == set(contents(tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["run"] == record
+    assert isinstance(Path(record["identity"]["image"]["name"]), Path)
+
+
+def test_random_kills():
+    script = Path(__file__).parent.parent / "scripts" / "kill_stress.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--kills", "5"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "5 kills" in done.stdout and "all outputs identical" in done.stdout

@@ -1,0 +1,173 @@
+"""Regions to features in batches of one shape, each set of equal regions once.
+
+Why reuse changes no bit: batches never change their shape (the last one is filled up with whatever
+lies in the buffer), and in a batch of one shape a region gives the same bits in every slot. The
+second is a property of the libraries below PyTorch, so it is not assumed: the first time that a
+region could be reused, one batch of copies is encoded and its slots are compared. Where they
+differ, nothing is reused.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from copy import deepcopy
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+
+from .model import XT
+from .reading import Key, Pixels, same_bytes
+
+CACHE_BYTES = 16 << 20
+"""Pixels and features kept of regions seen lately, in case they come again; and as much once more
+of uniform regions and of those that did."""
+
+
+class Features:
+    """Where the features of one region will be: row `index` of the outputs of its batch.
+
+    batch `[R, t, t, C]` and raw `[R, t, t, D]` (or None) as `XT.encode` returns them; batch is None
+    until the region is encoded. region: its number. keep: outlive the batch.
+    """
+
+    __slots__ = ("batch", "index", "keep", "raw", "region")
+
+    def __init__(self, region: int) -> None:
+        self.region, self.keep, self.index = region, False, 0
+        self.batch: torch.Tensor | None = None
+        self.raw: torch.Tensor | None = None
+
+    def settle(self, batch: torch.Tensor, raw: torch.Tensor | None, index: int) -> None:
+        """Takes the row `index` of a batch that was just encoded."""
+        self.batch, self.raw, self.index = batch, raw, index
+        if self.keep:
+            self.outlive()
+
+    def outlive(self) -> None:
+        """Lets go of the rest of the batch."""
+        self.keep = True
+        if self.batch is None or len(self.batch) == 1:
+            return
+        row = slice(self.index, self.index + 1)
+        self.batch, self.index = self.batch[row].clone(), 0
+        self.raw = None if self.raw is None else self.raw[row].clone()
+
+
+class BatchEncoder:
+    """`model.encode` on batches of one shape.
+
+    regions: the buffer `[batch_size, C, s, s]` to fill. encode() may be called when only its first
+    rows are new; the others hold older regions, or zeros. rows: how many are encoded at once.
+    precision: dtype of the region encoder; what follows it keeps the model's.
+    """
+
+    def __init__(self, model: XT, batch_size: int, precision: torch.dtype | None = None) -> None:
+        parameter = next(model.parameters())
+        precision = precision or parameter.dtype
+        # A copy, so that the caller's weights stay as they are.
+        self._copy = None
+        if precision != parameter.dtype:
+            self._copy = deepcopy(model.region_encoder).to(precision)
+        side = model.config.region
+        self._model = model
+        self.rows = batch_size
+        self.regions = torch.zeros(
+            batch_size, model.config.in_chans, side, side,
+            device=parameter.device, dtype=precision,
+        )  # fmt: skip
+
+    def encode(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(features `[R, t, t, C]`, raw `[R, t, t, D]` or None) of the buffer.
+
+        Where the device has no memory for all rows at once, half as many are encoded at a time,
+        from then on. Raises torch.OutOfMemoryError if there is none for one row.
+        """
+        parts = None
+        while parts is None:
+            try:
+                parts = list(self._parts())
+            except torch.OutOfMemoryError:
+                if self.rows == 1:
+                    raise
+                self.rows = -(-self.rows // 2)
+            # Outside the handler: its traceback holds the activations of the attempt.
+            if parts is None and self.regions.is_cuda:
+                torch.cuda.empty_cache()
+        if len(parts) == 1:
+            return parts[0]
+        features, raw = zip(*parts, strict=True)
+        return torch.cat(features), None if raw[0] is None else torch.cat(raw)
+
+    def _parts(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Outputs of the buffer, `rows` at a time; the last part overlaps the one before rather
+        than have another shape."""
+        for start in range(0, len(self.regions), self.rows):
+            begin = min(start, len(self.regions) - self.rows)
+            batch, raw = self._model.encode(self.regions[begin : begin + self.rows], self._copy)
+            yield batch[start - begin :], None if raw is None else raw[start - begin :]
+
+    def slots_agree(self) -> bool:
+        """Whether a region's features do not depend on its slot, bit for bit. Encodes one batch the
+        first time that it is asked for a model, shape, type and number of threads."""
+        regions = self.regions[: self.rows]
+        key = (regions.shape, regions.dtype, regions.device, torch.get_num_threads())
+        known = _AGREE.setdefault(self._model, {})
+        if key not in known:
+            noise = torch.Generator().manual_seed(0)
+            one = torch.randn(regions.shape[1:], generator=noise).to(regions)
+            outputs = self._model.encode(one.expand_as(regions).contiguous(), self._copy)
+            known[key] = all(bool((o == o[:1]).all()) for o in outputs if o is not None)
+        return known[key]
+
+
+_AGREE: WeakKeyDictionary[XT, dict[object, bool]] = WeakKeyDictionary()
+
+
+class Seen:
+    """The regions seen so far that can be reused, within a budget of memory.
+
+    region_bytes: of the pixels and features of one region.
+    """
+
+    def __init__(self, region_bytes: int) -> None:
+        self._limit = max(CACHE_BYTES // region_bytes, 1)
+        self._lately: OrderedDict[Key, tuple[Pixels | None, Features]] = OrderedDict()
+        self._again: OrderedDict[Key, tuple[Pixels | None, Features]] = OrderedDict()
+
+    def find(self, key: Key, pixels: Pixels) -> Features | None:
+        """The features of an earlier region with the same bytes. pixels: `[C, h, w]`."""
+        for entries in (self._again, self._lately):
+            if key not in entries:
+                continue
+            known, features = entries[key]
+            if known is not None and not same_bytes(pixels, known):
+                continue
+            if entries is self._lately:
+                del entries[key]
+                features.outlive()
+                known = np.array(known)
+            self._put(self._again, key, known, features)
+            return features
+        return None
+
+    def add(self, key: Key, pixels: Pixels, features: Features) -> None:
+        """Remembers a region that is about to be encoded. pixels: a view that nobody changes."""
+        if key.uniform:
+            features.outlive()
+            self._put(self._again, key, None, features)
+        else:
+            self._put(self._lately, key, pixels, features)
+
+    def _put(
+        self,
+        entries: OrderedDict[Key, tuple[Pixels | None, Features]],
+        key: Key,
+        pixels: Pixels | None,
+        features: Features,
+    ) -> None:
+        entries[key] = pixels, features
+        entries.move_to_end(key)
+        if len(entries) > self._limit:
+            entries.popitem(last=False)
