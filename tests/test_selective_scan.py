@@ -659,7 +659,7 @@ def gpu_cases(device: str, full: bool) -> Iterator[GpuCase]:
     """Launches for `scripts/gpu_run.py`; one batch item of few channels makes several segments."""
     sizes = [(1, 96, 16, 1000, 1), (2, 192, 16, 520, 2), (1, 40, 64, 300, 1)]
     if not full:
-        sizes = [(1, 4, 2, 5, 1)]
+        sizes = [(1, 12, 8, 5, 1)]
     for shape in sizes:
         for dtype in (torch.bfloat16, torch.float32):
             low, wide = inputs(shape, dtype, device)
