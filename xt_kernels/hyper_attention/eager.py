@@ -19,8 +19,9 @@ from .plan import QUERY_BLOCK, Choices, Level, Spec, gather, is_in_parts, levels
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# Query blocks of a call: their keys take 4 MiB of fp32 at head dim 128 and 512 keys.
-_BLOCKS = 16
+# Query blocks of a call: their keys take 8 MiB of fp32 at head dim 128 and 512 keys. With two free
+# cores 8 to 32 take the same time within 10 %; where cores are shared, fewer calls wait less.
+_BLOCKS = 32
 
 
 def forward(

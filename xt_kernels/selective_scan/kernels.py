@@ -20,7 +20,7 @@ their parts, and a sum of its own adds them up, so that nothing is atomic.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -56,6 +56,13 @@ BACKWARD = {
     16: (Config(16, 2),),
     32: (Config(4, 2),),
     64: (Config(4, 2),),
+}
+# For tensors whose rows are not copied 16 bytes at a time: their addresses take registers, and more
+# tokens at a time would save no loads.
+BACKWARD_ANY = {
+    16: (Config(16, 1),),
+    32: (Config(8, 1),),
+    64: (Config(4, 1),),
 }
 
 
@@ -504,6 +511,16 @@ def configs(table: dict, A: torch.Tensor) -> tuple[Config, ...]:
     return next(found for most, found in table.items() if A.shape[1] <= most)
 
 
+def _in_pieces(tensor: torch.Tensor) -> bool:
+    """Whether the compiler knows that rows start at multiples of 16 bytes and have no gaps."""
+    *steps, last = tensor.stride()
+    return last == 1 and tensor.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in steps)
+
+
+def backward_table(*tensors: torch.Tensor) -> dict:
+    return BACKWARD if all(_in_pieces(t) for t in tensors) else BACKWARD_ANY
+
+
 class _Launch:
     """Grid, sizes and constants that the launches of one call share."""
 
@@ -620,7 +637,8 @@ def launch_backward(
     dz = None if z is None else _like(z)
     dstart = _wide(A, batch, dim, num_states)
     if u.numel():
-        launch = _Launch(u, A, B, chunk, config or configs(BACKWARD, A)[0], segments)
+        table = backward_table(u, delta, B, C, u if z is None else z, grad_out)
+        launch = _Launch(u, A, B, chunk, config or configs(table, A)[0], segments)
         last = None if grad_last_state is None else _rows(grad_last_state, batch)
         if launch.segments > 1:
             shared = (z, delta_bias, delta_softplus, grad_last_state)
@@ -730,15 +748,22 @@ def aot_cases() -> Iterator[AotCase]:
             archs=(90,) if changed or dtype != "bf16" else ARCHS,
         )
 
-    for form, table in (("segment", FORWARD), ("fwd", FORWARD), ("bwd", BACKWARD)):
+    both = ("aligned", "unaligned")
+    for form, table, variants in (
+        ("segment", FORWARD, both),
+        ("fwd", FORWARD, both),
+        ("bwd", BACKWARD, both[:1]),
+        ("bwd", BACKWARD_ANY, both[1:]),
+    ):
         for states, found in table.items():
             for config in found:
-                yield case(form, "bf16", states, config)
-        yield case(form, "fp32", 16, table[16][0])
+                yield replace(case(form, "bf16", states, config), variants=variants)
+        yield replace(case(form, "fp32", 16, table[16][0]), variants=variants)
     yield case("segment", "bf16", 16, FORWARD[16][0], REVERSE=False)
     plain = {"HAS_D": False, "HAS_Z": False, "HAS_BIAS": False, "SOFTPLUS": False}
     yield case("fwd", "fp16", 16, FORWARD[16][0], **plain, KEEP=False)
-    yield case("bwd", "fp16", 16, BACKWARD[16][0], **plain)
+    yield replace(case("bwd", "fp16", 16, BACKWARD[16][0], **plain), variants=both[:1])
+    yield replace(case("bwd", "fp16", 16, BACKWARD_ANY[16][0], **plain), variants=both[1:])
     yield AotCase(
         name="carry",
         kernel=_selective_scan_carry_kernel,

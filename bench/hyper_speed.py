@@ -1,0 +1,49 @@
+"""Time of `hyper_attention` at one length, beside the published algorithm and exact attention.
+
+    python bench/hyper_speed.py [--length 32768] [--heads 6] [--head-dim 128]
+
+Forms run in turns; prints the median of the rounds. Exact attention, the slowest, runs once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from functools import partial
+
+import torch
+from baselines import published_hyper_attention
+from measure import DEVICE, DTYPE, seconds
+
+import xt_kernels as xk
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--length", type=int, default=32_768, help="tokens")
+    parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    shape = (1, options.heads, options.length, options.head_dim)
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator).to(DEVICE, DTYPE) for _ in range(3)]
+    forms = {
+        "hyper_attention": partial(xk.hyper_attention, *tensors),
+        'hyper_attention(residual="mean")': partial(xk.hyper_attention, *tensors, residual="mean"),
+        "published": partial(published_hyper_attention, *tensors),
+    }
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for form in forms.values():
+        form()
+    for _ in range(options.rounds):
+        for name, form in forms.items():
+            times[name].append(seconds(form))
+    exact = torch.nn.functional.scaled_dot_product_attention
+    times["scaled_dot_product_attention"] = [seconds(partial(exact, *tensors))]
+    for name, found in times.items():
+        print(f"{statistics.median(found):9.4f} s  {name}")
+
+
+if __name__ == "__main__":
+    main()
