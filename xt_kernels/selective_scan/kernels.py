@@ -60,8 +60,8 @@ BACKWARD = {
 # For tensors whose rows are not copied 16 bytes at a time: their addresses take registers, and more
 # tokens at a time would save no loads.
 BACKWARD_ANY = {
-    16: (Config(16, 1),),
-    32: (Config(8, 1),),
+    16: (Config(4, 2),),
+    32: (Config(4, 1),),
     64: (Config(4, 1),),
 }
 
