@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .._aot import AotCase
-from .._attention import head_of, key_places
+from .._attention import MAX_REGISTERS, head_of, key_places
 from .._tiles import offset, split
 from .plan import (
     QUERY_BLOCK,
@@ -311,6 +311,7 @@ def launch_choices(
         query.stride(), key.stride(), mk.stride(), projections.stride(), heads, heads // groups,
         len_q, len_k, len_m, bits,
         SAMPLED=SAMPLED_TOKENS, ROWS=2048 // block_d, **common, num_warps=8,
+        maxnreg=MAX_REGISTERS,
     )  # fmt: skip
 
     # Two runs each: what comes before the causal square, and the square.
@@ -328,7 +329,7 @@ def launch_choices(
         query.stride(), key.stride(), mk.stride(), heads, heads // groups, len_q, len_k, len_m,
         q_tiles, k_tiles, *cuts, *firsts, q_programs, bits,
         BUCKETS=buckets, ROWS=rows_at_a_time(query.dtype, block_d), **common,
-        num_warps=hash_warps(block_d),
+        num_warps=hash_warps(block_d), maxnreg=MAX_REGISTERS,
     )  # fmt: skip
 
     q_base, k_base = empty(*q_count.shape), empty(*k_count.shape)
@@ -345,7 +346,7 @@ def launch_choices(
         _hyper_scan_kernel[(q_programs + k_programs,)](
             q_count, k_count, q_base, k_base, q_begin, k_begin, q_tiles, k_tiles,
             level.segments, q_first, k_first, tile_step, q_length, k_length, q_programs,
-            BUCKETS=buckets, ROWS=32, num_warps=4,
+            BUCKETS=buckets, ROWS=32, num_warps=4, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
         q_order = choices.query_order[:, :, level.q_offset :]
         k_order = choices.key_order[:, :, level.k_offset :]
@@ -359,6 +360,7 @@ def launch_choices(
             level.num_keys, level.width, level.num_blocks, q_first, k_first, tile_step,
             q_length, k_length, *order_rows, q_programs,
             BUCKETS=buckets, BLOCK=QUERY_BLOCK, PART=32, num_warps=8,
+            maxnreg=MAX_REGISTERS,
         )  # fmt: skip
     return with_residual_keys(choices, hyper)
 
@@ -392,7 +394,7 @@ def aot_cases() -> Iterator[AotCase]:
                 signature[argument] = ("i64", "i64", "i32", 1)
             elif argument not in constants:
                 signature[argument] = "i32"
-        return AotCase(name, kernel, signature, constants, warps, 3)
+        return AotCase(name, kernel, signature, constants, warps, 3, maxnreg=MAX_REGISTERS)
 
     for dtype in ("bf16", "fp32"):
         for head_dim in (64, 256):
