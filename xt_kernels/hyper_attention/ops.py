@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from . import eager
-from .plan import QUERY_BLOCK, Choices, Spec, eager_choices, levels, random_projections
+from .plan import QUERY_BLOCK, Choices, Spec, eager_choices, hyper_levels, random_projections
 
 
 @torch.library.custom_op("xt::hyper_attention_plan", mutates_args=())
@@ -70,12 +70,11 @@ def _(
     if is_causal:
         queries = keys = blocks = residuals = 0
         # The levels depend on every length: a graph with dynamic sizes is bound to these.
-        for level in levels(spec, int(num_queries), int(num_keys), int(num_memory)):
-            if not level.is_exact:
-                queries += level.segments * level.num_queries
-                keys += level.segments * level.num_keys
-                blocks += level.segments * level.num_blocks
-                residuals += level.segments * level.num_residual
+        for level in hyper_levels(spec, int(num_queries), int(num_keys), int(num_memory)):
+            queries += level.segments * level.num_queries
+            keys += level.segments * level.num_keys
+            blocks += level.segments * level.num_blocks
+            residuals += level.segments * level.num_residual
     else:
         queries, keys, residuals = num_queries, num_memory + num_keys, sample_size
         blocks = (num_queries + QUERY_BLOCK - 1) // QUERY_BLOCK

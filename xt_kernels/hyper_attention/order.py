@@ -27,7 +27,7 @@ from .plan import (
     Choices,
     Spec,
     empty_choices,
-    levels,
+    hyper_levels,
     with_residual_keys,
 )
 
@@ -292,7 +292,7 @@ def launch_choices(
     has_memory = memory_key is not None and memory_key.shape[2] > 0
     len_m = memory_key.shape[2] if has_memory else 0
     choices = empty_choices(spec, query, key, len_m, seed)
-    hyper = [level for level in levels(spec, len_q, len_k, len_m) if not level.is_exact]
+    hyper = hyper_levels(spec, len_q, len_k, len_m)
     if spec.window == "tile" or not hyper or not choices.window_start.numel():
         return choices
     mk = memory_key if has_memory else key
@@ -362,7 +362,7 @@ def launch_choices(
             BUCKETS=buckets, BLOCK=QUERY_BLOCK, PART=32, num_warps=8,
             maxnreg=MAX_REGISTERS,
         )  # fmt: skip
-    return with_residual_keys(choices, hyper)
+    return with_residual_keys(choices, spec, len_q, len_k, len_m)
 
 
 def hash_warps(block_d: int) -> int:

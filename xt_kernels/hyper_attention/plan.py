@@ -156,6 +156,11 @@ def levels(spec: Spec, num_queries: int, num_keys: int, num_memory: int) -> tupl
     return _placed(found, spec, 0)
 
 
+def hyper_levels(spec: Spec, num_queries: int, num_keys: int, num_memory: int) -> list[Level]:
+    """The levels that are estimated."""
+    return [v for v in levels(spec, num_queries, num_keys, num_memory) if not v.is_exact]
+
+
 def is_in_parts(found: tuple[Level, ...]) -> bool:
     """Whether results are sums over levels: not if one level has all queries."""
     return len(found) != 1 or found[0].q_begin > 0
@@ -241,12 +246,41 @@ def residual_places(
     return found.to(device=device, dtype=torch.int32)
 
 
-def aligned_starts(level: Level) -> torch.Tensor:
-    """`[num_blocks]` windows around the same relative place: the order of memory is meaningful."""
-    middle = torch.arange(level.num_blocks) * QUERY_BLOCK + QUERY_BLOCK // 2
-    keys = level.num_keys - level.first_aligned
-    centre = level.first_aligned + middle.clamp(max=level.num_queries) * keys // level.num_queries
-    return (centre - level.width // 2).clamp(0, level.num_keys - level.width)
+@lru_cache(maxsize=64)
+def residual_layout(
+    spec: Spec, num_queries: int, num_keys: int, num_memory: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each residual key's segment: where it begins in the key order, and its first key.
+
+    Both int32, and kept as `residual_places` are.
+    """
+    begins, firsts, counts = [], [], []
+    for level in hyper_levels(spec, num_queries, num_keys, num_memory):
+        for s in range(level.segments):
+            begins.append(level.order(s)[1].start)
+            firsts.append(level.keys(s).start)
+            counts.append(level.num_residual)
+    repeats = torch.tensor(counts, dtype=torch.long)
+    begin, first = (
+        torch.tensor(values, dtype=torch.int32).repeat_interleave(repeats).to(device)
+        for values in (begins, firsts)
+    )
+    return begin, first
+
+
+@lru_cache(maxsize=64)
+def aligned_starts(
+    spec: Spec, num_queries: int, num_keys: int, num_memory: int, device: torch.device
+) -> torch.Tensor:
+    """Windows `[.]` around the same relative place: the order of memory is meaningful. Kept."""
+    starts = [torch.empty(0, dtype=torch.long)]
+    for level in hyper_levels(spec, num_queries, num_keys, num_memory):
+        middle = torch.arange(level.num_blocks) * QUERY_BLOCK + QUERY_BLOCK // 2
+        keys, queries = level.num_keys - level.first_aligned, level.num_queries
+        centre = level.first_aligned + middle.clamp(max=queries) * keys // queries
+        start = (centre - level.width // 2).clamp(0, level.num_keys - level.width)
+        starts.append(start.repeat(level.segments))
+    return torch.cat(starts).to(device=device, dtype=torch.int32)
 
 
 def spread(length: int) -> torch.Tensor:
@@ -321,7 +355,7 @@ def eager_choices(
     if spec.window == "tile":
         return choices
     sizes = query.shape[2], key.shape[2], num_memory
-    hyper = [level for level in levels(spec, *sizes) if not level.is_exact]
+    hyper = hyper_levels(spec, *sizes)
     group = query.shape[1] // max(1, key.shape[1])
     for b, h in product(range(query.shape[0]), range(query.shape[1])):
         g = h // group
@@ -340,7 +374,7 @@ def eager_choices(
                 choices.key_order[b, g, k_place] = k.argsort(stable=True).int() + columns.start
                 starts = _bucket_starts(level, q, k, 2 ** projections.shape[2])
                 choices.window_start[b, h, level.blocks(s)] = starts.int()
-    return with_residual_keys(choices, hyper)
+    return with_residual_keys(choices, spec, *sizes)
 
 
 def empty_choices(
@@ -349,22 +383,17 @@ def empty_choices(
     """A plan's tensors before any hashing: complete for the window "tile", else to be filled."""
     (batch, heads, num_queries), (groups, num_keys) = query.shape[:3], key.shape[1:3]
     sizes = num_queries, num_keys, num_memory
-    hyper = [level for level in levels(spec, *sizes) if not level.is_exact]
+    hyper = hyper_levels(spec, *sizes)
     places = residual_places(spec, *sizes, seed, key.device).clone()
     none = [query.new_empty((batch, n, 0), dtype=torch.int32) for n in (heads, groups, groups)]
     if spec.window == "tile":
-        starts = [aligned_starts(level).repeat(level.segments) for level in hyper]
-        window_start = torch.cat([torch.empty(0), *starts]).to(places)
-        segments = [(level, s) for level in hyper for s in range(level.segments)]
-        first = torch.tensor([level.keys(s).start for level, s in segments], dtype=torch.int32)
-        counts = torch.tensor([level.num_residual for level, _ in segments], dtype=torch.long)
-        first = first.repeat_interleave(counts)
+        layout = residual_layout(spec, *sizes, key.device)
         return Choices(
             none[0],
             none[1],
-            window_start.repeat(batch, heads, 1),
+            aligned_starts(spec, *sizes, key.device).repeat(batch, heads, 1),
             places,
-            (places + first.to(places)[: places.numel()]).repeat(batch, groups, 1),
+            (places + layout[1][: places.numel()]).repeat(batch, groups, 1),
         )
     queries, keys, blocks = (
         sum(level.segments * getattr(level, name) for level in hyper)
@@ -376,18 +405,15 @@ def empty_choices(
     return Choices(orders[0], orders[1], orders[2], places, none[2])
 
 
-def with_residual_keys(choices: Choices, hyper: list[Level]) -> Choices:
+def with_residual_keys(
+    choices: Choices, spec: Spec, num_queries: int, num_keys: int, num_memory: int
+) -> Choices:
     """The choices with the keys at the residual places of the finished order."""
-    if not choices.residual_place.numel():
+    places = choices.residual_place
+    if not places.numel():
         return choices
-    keys = [
-        choices.key_order[:, :, level.order(s)[1]].index_select(
-            2, choices.residual_place[level.residuals(s)]
-        )
-        for level in hyper
-        for s in range(level.segments)
-    ]
-    return choices._replace(residual_key=torch.cat(keys, 2))
+    begin, _ = residual_layout(spec, num_queries, num_keys, num_memory, places.device)
+    return choices._replace(residual_key=choices.key_order.index_select(2, places + begin))
 
 
 def _bucket_starts(
