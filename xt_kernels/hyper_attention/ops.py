@@ -41,7 +41,9 @@ def make_choices(
     seed = seed if draw is None else int(draw)
     inputs = (spec, query, key, memory_key, projections, seed)
     if not query.is_cuda:
-        return eager_choices(*inputs)
+        # Autocast reaches PyTorch's own ops in here; hashes are fp32.
+        with torch.autocast("cpu", enabled=False):
+            return eager_choices(*inputs)
     from . import order
 
     with torch.cuda.device(query.device):
