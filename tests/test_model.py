@@ -263,7 +263,7 @@ def test_names():
         ),
         (
             lambda: small(context="lstm"),
-            "context must be one of xl, hyper, vit or None, got 'lstm'",
+            "context must be one of xl, hyper, mamba, vit or None, got 'lstm'",
         ),
         (lambda: small(colour=1), "unknown field colour"),
         (lambda: small(region=65), "multiple of the stride 32 of convnext_atto, got 65"),

@@ -96,7 +96,7 @@ def test_demo_without_arguments_or_network(folder):
     assert used() - before < 2 * 180
     assert re.search(r"7,143 x 8,192 px", out) and re.search(r"regions/s", out)
     assert sorted(p.name for p in (folder / "xt-demo" / "embedding").iterdir()) == [
-        "embedding.json", "preview.png", "tokens.zarr",
+        "embedding.json", "preview.png", "run.json", "tokens.zarr",
     ]  # fmt: skip
 
 
@@ -112,8 +112,8 @@ def test_python_blocks(folder, tmp_path, monkeypatch):
         "mean": (0.5,) * 3,
         "std": (0.25,) * 3,
         "features": torch.randn(20 * 28, 96, 8, 8),
-        **{n: torch.randn(1, 2, 5, 32) for n in ("query", "key", "value")},
-        **{n: torch.randn(1, 2, 7, 32) for n in ("memory_key", "memory_value")},
+        **{n: torch.randn(1, 2, 5, 64) for n in ("query", "key", "value")},
+        **{n: torch.randn(1, 2, 7, 64) for n in ("memory_key", "memory_value")},
         **{n: torch.randn(1, 6, 5) for n in ("u", "delta")},
         "A": -torch.rand(6, 4),
         **{n: torch.randn(1, 4, 5) for n in ("B", "C")},
@@ -127,6 +127,6 @@ def test_python_blocks(folder, tmp_path, monkeypatch):
     assert values["pixels"] == 786_432 and values["seen"] == [2, 3, 4]
     assert values["field"].shape == (512, 512)
     assert values["tokens"].shape == (157 * 219, 96)
-    assert values["out"].shape == (1, 2, 5, 32)
+    assert values["out"].shape == (1, 2, 5, 64)
     assert values["y"].shape == (1, 6, 5) and values["state"].shape == (1, 6, 4)
     assert values["regions"].shape == (20 * 28, 3, 256, 256)
