@@ -719,23 +719,18 @@ def gpu_cases(device: str, full: bool) -> Iterator[GpuCase]:
                 yield GpuCase(name, run, configs, expected)
 
 
-def judged(case, config=None):
-    for name, ours, (plain, truth) in zip(NAMES, case.run(config), case.expected(), strict=True):
-        assert_no_worse(ours, plain.to(ours.dtype), truth, f"{case.name} {name}")
-
-
 def test_gpu_cases_agree_with_their_references(honest, device):
     if device == "cuda":
         pytest.skip("test_full_size runs the same at full size")
     for case in gpu_cases(device, full=False):
-        judged(case)
+        case.check(case.run(None))
 
 
 @pytest.mark.gpu
 def test_full_size():
     for case in gpu_cases("cuda", full=True):
         for config in case.configs:
-            judged(case, config)
+            case.check(case.run(config))
         torch.cuda.empty_cache()
 
 

@@ -1,6 +1,7 @@
 # mypy: ignore-errors
 """What the attention kernels share: tile sizes and their choice, the online softmax, the scale."""
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -106,7 +107,7 @@ def precision(tensor: torch.Tensor) -> str:
 
 def scale_parts(scale: float) -> tuple[float, float]:
     """The scale as a sum of two fp32 numbers."""
-    high = torch.tensor(scale, dtype=torch.float32).item()
+    high = ctypes.c_float(scale).value
     return high, scale - high
 
 

@@ -515,3 +515,16 @@ class GpuCase:
     expected: Callable[[], Sequence[tuple[torch.Tensor, torch.Tensor]]]
     select: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]] = list
     repeats: int = 250
+
+    def check(
+        self,
+        outputs: Sequence[torch.Tensor],
+        expected: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> None:
+        """Assert that what `run` returned is as `expected` (made now if not given) by the bound.
+
+        Raises AssertionError as `assert_no_worse` does, naming the case and the output's number.
+        """
+        pairs = zip(self.select(outputs), expected or self.expected(), strict=True)
+        for place, (ours, (plain, truth)) in enumerate(pairs):
+            assert_no_worse(ours, plain, truth, f"{self.name}, output {place}")

@@ -164,6 +164,7 @@ def spec_of(
     window: str,
     residual: str,
 ) -> Spec:
+    """The choices, checked."""
     checks.check_count(OP, "block_size", block_size, 1)
     checks.check_count(OP, "sample_size", sample_size, 1)
     checks.check_count(OP, "min_seq_len", min_seq_len, 0)

@@ -21,7 +21,7 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 # Query blocks of a call: their keys take 8 MiB of fp32 at head dim 128 and 512 keys. With two free
 # cores 8 to 32 take the same time within 10 %; where cores are shared, fewer calls wait less.
-_BLOCKS = 32
+BLOCKS = 32
 
 
 def forward(
@@ -54,15 +54,7 @@ def forward(
                 continue
             for h in range(q.shape[1]):
                 part = _Part(level, segment, spec, choices, b, heads.start + h, g)
-                k_rows, v_rows = part.keys(k, mk), part.keys(v, mv)
-                k_buffer, v_buffer = part.buffer(k_rows), part.buffer(v_rows)
-                for blocks in part.calls():
-                    places, queries = part.rows(q[0, h], blocks)
-                    near = part.windows(k_rows, blocks, k_buffer)
-                    values = part.windows(v_rows, blocks, v_buffer)
-                    mask = part.mask(blocks, wide)
-                    found = _flash(queries, near, values, 0.0, False, attn_mask=mask, scale=scale)
-                    mine, mine_lse = (t.flatten(0, 2)[: places.shape[0]] for t in found)
+                for places, mine, mine_lse in part.attend(q[0, h], k, v, mk, mv, scale):
                     if is_whole:
                         out[b, heads.start + h].index_copy_(0, places, mine)
                         base[0, h].index_copy_(0, places, mine_lse)
@@ -131,25 +123,9 @@ def backward(
                 continue
             for h in range(q.shape[1]):
                 part = _Part(level, segment, spec, choices, b, heads.start + h, g, lse_columns)
-                k_rows, v_rows = part.keys(k, mk), part.keys(v, mv)
-                k_buffer, v_buffer = part.buffer(k_rows), part.buffer(v_rows)
-                dk_rows, dv_rows = part.zeros(wide, head_dim), part.zeros(wide, head_dim)
-                for blocks in part.calls():
-                    places, queries = part.rows(q_flash[0, h], blocks)
-                    found = _flash_backward(
-                        part.rows(do_flash[0, h], blocks)[1], queries,
-                        part.windows(k_rows, blocks, k_buffer),
-                        part.windows(v_rows, blocks, v_buffer),
-                        part.rows(o_flash[0, h], blocks)[1],
-                        part.rows(base[0, h, :, None], blocks)[1][..., 0],
-                        0.0, False, attn_mask=part.mask(blocks, wide), scale=scale,
-                    )  # fmt: skip
-                    mine = found[0].flatten(0, 2)[: places.shape[0], :head_dim]
-                    dq[0, h].index_add_(0, places, mine.to(wide))
-                    part.collect(dk_rows, found[1][..., :head_dim], blocks)
-                    part.collect(dv_rows, found[2][..., :head_dim], blocks)
-                part.scatter(dk, dk_rows)
-                part.scatter(dv, dv_rows)
+                of_queries = q_flash[0, h], o_flash[0, h], do_flash[0, h], base[0, h, :, None]
+                for places, mine in part.differentiate(of_queries, k, v, mk, mv, dk, dv, scale):
+                    dq[0, h].index_add_(0, places, mine)
         grads[0][b, heads] = dq[0] * sign
         grads[1][b, g], grads[2][b, g] = dk[num_memory:], dv[num_memory:]
         if needs_memory:
@@ -238,29 +214,86 @@ class _Part:
         self.is_mean = spec.residual == "mean"
         self.bounds = strata(level.num_keys, max(level.num_residual, 1))
 
-    def calls(self) -> Iterator[slice]:
-        """Query blocks of one call after the other; blocks past the last query are left out."""
-        used = -(-self.query_order.shape[0] // QUERY_BLOCK)
-        for first in range(0, used, _BLOCKS):
-            yield slice(first, min(first + _BLOCKS, used))
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        memory_key: torch.Tensor | None,
+        memory_value: torch.Tensor | None,
+        scale: float,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(places `[n]` of some queries, their out `[n, D]`, their lse `[n]`), call after call."""
+        wide = torch.promote_types(query.dtype, torch.float32)
+        keys, values = self.keys(key, memory_key), self.keys(value, memory_value)
+        buffers = self.buffer(keys), self.buffer(values)
+        for blocks, places in self.calls():
+            q = self.rows(query, places)
+            k = self.windows(keys, blocks, buffers[0])
+            v = self.windows(values, blocks, buffers[1])
+            mask = self.mask(blocks, wide)
+            found = _flash(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+            out, lse = (t.flatten(0, 2)[: places.shape[0]] for t in found)
+            yield places, out, lse
 
-    def rows(self, tensor: torch.Tensor, blocks: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """(places `[n]` of the blocks' queries, their rows `[blocks, 1, 128, D]`, then zeros)."""
-        places = self.query_order[blocks.start * QUERY_BLOCK : blocks.stop * QUERY_BLOCK]
-        shape = ((blocks.stop - blocks.start) * QUERY_BLOCK, tensor.shape[1])
-        rows = tensor.new_zeros(shape)
+    def differentiate(
+        self,
+        of_queries: tuple[torch.Tensor, ...],
+        key: torch.Tensor,
+        value: torch.Tensor,
+        memory_key: torch.Tensor | None,
+        memory_value: torch.Tensor | None,
+        grad_key: torch.Tensor,
+        grad_value: torch.Tensor,
+        scale: float,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(places `[n]` of some queries, their gradient `[n, D]`); adds those of keys and values.
+
+        of_queries are query, out and its gradient `[L, D]`, and lse `[L, 1]`; out and lse are those
+        of all parts. grad_key, grad_value are `[M + Lk, D]`.
+        """
+        dtype, head_dim = grad_key.dtype, grad_key.shape[1]
+        keys, values = self.keys(key, memory_key), self.keys(value, memory_value)
+        buffers = self.buffer(keys), self.buffer(values)
+        dk_rows, dv_rows = self.zeros(dtype, head_dim), self.zeros(dtype, head_dim)
+        for blocks, places in self.calls():
+            q, o, do, lse = (self.rows(t, places) for t in of_queries)
+            k = self.windows(keys, blocks, buffers[0])
+            v = self.windows(values, blocks, buffers[1])
+            mask = self.mask(blocks, dtype)
+            dq, dk, dv = _flash_backward(
+                do, q, k, v, o, lse[..., 0], 0.0, False, attn_mask=mask, scale=scale
+            )
+            self.collect(dk_rows, dk[..., :head_dim], blocks)
+            self.collect(dv_rows, dv[..., :head_dim], blocks)
+            yield places, dq.flatten(0, 2)[: places.shape[0], :head_dim].to(dtype)
+        self.scatter(grad_key, dk_rows)
+        self.scatter(grad_value, dv_rows)
+
+    def calls(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(query blocks of a call, places of their queries), without blocks past the last query."""
+        used = -(-self.query_order.shape[0] // QUERY_BLOCK)
+        for first in range(0, used, BLOCKS):
+            blocks = slice(first, min(first + BLOCKS, used))
+            yield blocks, self.query_order[first * QUERY_BLOCK : blocks.stop * QUERY_BLOCK]
+
+    def rows(self, tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Rows of the queries at places `[blocks, 1, 128, D]`, zeros after the last."""
+        blocks = -(-places.shape[0] // QUERY_BLOCK)
+        rows = tensor.new_zeros((blocks * QUERY_BLOCK, tensor.shape[1]))
         torch.index_select(tensor, 0, places, out=rows[: places.shape[0]])
-        return places, rows.view(-1, 1, QUERY_BLOCK, tensor.shape[1])
+        return rows.view(blocks, 1, QUERY_BLOCK, tensor.shape[1])
 
     def keys(self, current: torch.Tensor, memory: torch.Tensor | None) -> torch.Tensor:
         """Ordered rows `[n + m, D]` of the segment's keys, or values, and the residual's."""
-        rows = gather(None if memory is None else memory[0, 0], current[0, 0], self.key_order)
+        n, m = self.level.num_keys, self.level.num_residual
+        rows = current.new_empty((n + m, current.shape[3]))
+        gather(None if memory is None else memory[0, 0], current[0, 0], self.key_order, rows[:n])
         if self.is_mean:
             wide = torch.promote_types(rows.dtype, torch.float32)
-            residual = self._sums(rows.to(wide)) / self.bounds.diff()[:, None]
-        else:
-            residual = rows.index_select(0, self.places)
-        rows = torch.cat([rows, residual.to(rows.dtype)])
+            rows[n:] = self._sums(rows[:n].to(wide)) / self.bounds.diff()[:, None]
+        elif m:
+            torch.index_select(rows[:n], 0, self.places, out=rows[n:])
         return torch.nn.functional.pad(rows, (0, self.lse_columns)) if self.lse_columns else rows
 
     def _sums(self, rows: torch.Tensor) -> torch.Tensor:
@@ -271,7 +304,7 @@ class _Part:
     def buffer(self, rows: torch.Tensor) -> torch.Tensor:
         """Room for what `windows` gives, call after call: fresh memory would cost page faults."""
         per_block = self.level.width + self.level.num_residual
-        return rows.new_empty((_BLOCKS * per_block, rows.shape[1]))
+        return rows.new_empty((BLOCKS * per_block, rows.shape[1]))
 
     def windows(self, rows: torch.Tensor, blocks: slice, buffer: torch.Tensor) -> torch.Tensor:
         """The keys or values of each block `[blocks, 1, width + m, D]`, in the buffer."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from .. import _checks as checks
+from . import eager
 from .api import OP, spec_of
-from .plan import levels
+from .plan import TILE, Level, is_in_parts, levels
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ def explain(
     min_seq_len: int = 4096,
     window: str = "lsh",
     residual: str = "sample",
-    **ignored: Any,
+    lsh_num_projs: int = 7,
 ) -> Explanation:
     """Which path `hyper_attention` takes for these tensors, why, and what memory it expects.
 
-    Arguments are those of `hyper_attention`; meta tensors do. Nothing is computed. Raises
-    ValueError as the op does.
+    Arguments are those of `hyper_attention` that decide it; meta tensors do. Nothing is computed.
+    Raises ValueError as the op does.
     """
     if query.device.type != "meta":
         value = key if value is None else value
@@ -73,57 +73,48 @@ def explain(
     batch, heads, num_queries, head_dim = query.shape
     groups, num_keys = key.shape[1:3]
     num_memory = 0 if memory_key is None else memory_key.shape[2]
-    total = num_memory + num_keys
-    cpu = query.device.type == "cpu"
-    form = "PyTorch (CPU)" if cpu else "Triton"
+    found = levels(spec, num_queries, num_keys, num_memory)
+    is_cpu = query.device.type == "cpu"
+    form = "PyTorch (CPU)" if is_cpu else "Triton"
+    # Bytes of a number, and of one in a sum.
     item = query.element_size()
     wide = max(item, 4)
     result = batch * heads * num_queries * (head_dim * item + wide)
-    square = min(num_queries, num_keys) if is_causal else 0
-    pairs = num_queries * total - square * (square - 1) // 2
-    if is_causal:
-        pairs -= max(num_queries - num_keys, 0) * num_keys
-    possible = pairs / max(1, num_queries)
+
+    possible = sum(level.count_pairs(level.num_keys) for level in found) / max(1, num_queries)
+    total = num_memory + num_keys
     if spec.is_exact(num_keys, num_memory):
-        over = f"{total:,} keys <= "
-        budget = f"the budget {spec.budget:,} (block_size + sample_size)"
-        reason = over + (budget if total <= spec.budget else f"min_seq_len {spec.min_seq_len:,}")
+        limit = f"min_seq_len {spec.min_seq_len:,}"
+        if total <= spec.budget:
+            limit = f"the budget {spec.budget:,} (block_size + sample_size)"
+        reason = f"{total:,} keys <= {limit}"
         return Explanation("exact", form, reason, possible, possible, (), result, 0, 0)
-    parts, seen, slots, means = [], 0, 0, 0
-    found = levels(spec, num_queries, num_keys, num_memory)
-    most = 0
-    for level in found:
-        for s in range(level.segments):
-            rows = level.queries(s)
-            n = rows.stop - rows.start
-            if level.is_causal:
-                seen += n * (n + 1) // 2
-            else:
-                seen += n * (level.width + level.num_residual)
-        size = f"{level.segments} x ({level.num_queries:,} queries, {level.num_keys:,} keys)"
-        if level.is_exact:
-            parts.append(f"exact{' triangles' if level.is_causal else ''}: {size}")
-            continue
-        kind = f"window of {level.width}, {level.num_residual} residual keys ({residual})"
-        parts.append(f"{kind}: {size}")
-        slots += heads * level.segments * level.num_blocks
-        if window == "lsh":
-            slots += level.segments * (heads * level.num_queries + groups * level.num_keys)
-        if residual in ("sample", "uniform"):
-            slots += groups * level.segments * level.num_residual
-        if residual == "mean":
-            means = max(means, level.segments * level.num_residual)
-        most = max(most, level.num_keys + level.num_residual)
-    if cpu:
-        # One head: ordered keys and values, and those of 64 query blocks' windows.
-        scratch = 2 * head_dim * item * (most + 64 * spec.budget)
-        scratch += num_queries * head_dim * wide * (heads // max(1, groups))
+
+    seen = sum(level.count_pairs(level.width + level.num_residual) for level in found)
+    hyper = [level for level in found if not level.is_exact]
+    slots = sum(level.segments * heads * level.num_blocks for level in hyper)
+    if window == "lsh":
+        queries, keys = (
+            sum(level.segments * getattr(level, name) for level in hyper)
+            for name in ("num_queries", "num_keys")
+        )
+        slots += heads * queries + groups * keys
+    if residual in ("sample", "uniform"):
+        slots += groups * sum(level.segments * level.num_residual for level in hyper)
+    if is_cpu:
+        # Of one head: ordered keys and values, and those that the query blocks of a call attend to.
+        most = max((level.num_keys + level.num_residual for level in hyper), default=0)
+        scratch = 2 * head_dim * item * (most + eager.BLOCKS * spec.budget)
+        if is_in_parts(found):
+            scratch += num_queries * head_dim * wide * (heads // max(1, groups))
     else:
-        scratch = 2 * batch * groups * means * head_dim * item
+        means = max((level.segments * level.num_residual for level in hyper), default=0)
+        scratch = 2 * batch * groups * means * head_dim * item if residual == "mean" else 0
         if window == "lsh":
-            # Hashes of a byte; twice a count for each of up to 128 buckets in 256 tokens.
-            scratch += batch * (heads * num_queries + groups * total) * 5
-        if len(found) > 1:
+            # A byte of hash, and this token's share of two counts of each bucket in its tile.
+            per_token = 1 + 2 * 4 * 2**lsh_num_projs / TILE
+            scratch += int(batch * (heads * num_queries + groups * total) * per_token)
+        if is_in_parts(found):
             scratch += batch * heads * num_queries * head_dim * wide
     return Explanation(
         "hyper",
@@ -131,8 +122,15 @@ def explain(
         f"{total:,} keys > min_seq_len {spec.min_seq_len:,} and budget {spec.budget:,}",
         seen / max(1, num_queries),
         possible,
-        tuple(parts),
+        tuple(_line(level, residual) for level in found),
         result,
         4 * batch * slots,
         scratch,
     )
+
+
+def _line(level: Level, residual: str) -> str:
+    size = f"{level.segments} x ({level.num_queries:,} queries, {level.num_keys:,} keys)"
+    if level.is_exact:
+        return f"exact{' triangles' if level.is_causal else ''}: {size}"
+    return f"window of {level.width}, {level.num_residual} residual keys ({residual}): {size}"

@@ -7,6 +7,8 @@ where a CUDA tensor arrives. The scalars from `is_causal` on are the fields of a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from . import eager
@@ -59,17 +61,12 @@ def _(
     lsh_num_projs: int,
     seed: int,
     draw: torch.Tensor | None,
-    is_causal: bool,
-    block_size: int,
-    sample_size: int,
-    min_seq_len: int,
-    window: str,
-    residual: str,
+    *scalars: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    spec = Spec(is_causal, block_size, sample_size, min_seq_len, window, residual)
+    spec = Spec(*scalars)
     (batch, heads, num_queries, _), (groups, num_keys) = query.shape, key.shape[1:3]
     num_memory = 0 if memory_key is None else memory_key.shape[2]
-    if is_causal:
+    if spec.is_causal:
         queries = keys = blocks = residuals = 0
         # The levels depend on every length: a graph with dynamic sizes is bound to these.
         for level in hyper_levels(spec, int(num_queries), int(num_keys), int(num_memory)):
@@ -78,11 +75,11 @@ def _(
             blocks += level.segments * level.num_blocks
             residuals += level.segments * level.num_residual
     else:
-        queries, keys, residuals = num_queries, num_memory + num_keys, sample_size
+        queries, keys, residuals = num_queries, num_memory + num_keys, spec.sample_size
         blocks = (num_queries + QUERY_BLOCK - 1) // QUERY_BLOCK
-    if window == "tile":
+    if spec.window == "tile":
         queries = keys = 0
-    if residual not in ("sample", "uniform"):
+    if spec.residual not in ("sample", "uniform"):
         residuals = 0
     shapes = [
         (batch, heads, queries),
@@ -123,21 +120,7 @@ def forward(
 
 
 @forward.register_fake
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    memory_key: torch.Tensor | None,
-    memory_value: torch.Tensor | None,
-    choices: list[torch.Tensor],
-    scale: float,
-    is_causal: bool,
-    block_size: int,
-    sample_size: int,
-    min_seq_len: int,
-    window: str,
-    residual: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(query: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
     wide = torch.promote_types(query.dtype, torch.float32)
     return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=wide)
 
@@ -188,13 +171,7 @@ def _(
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor | None,
     needs_memory: bool,
-    scale: float,
-    is_causal: bool,
-    block_size: int,
-    sample_size: int,
-    min_seq_len: int,
-    window: str,
-    residual: str,
+    *scalars: Any,
 ) -> list[torch.Tensor]:
     inputs = [query, key, value]
     if needs_memory:

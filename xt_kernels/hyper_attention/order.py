@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Triton form of a plan: hash, count, scan, place. No sort, and 18 bytes a token of scratch.
+"""Triton form of a plan: hash, count, scan, place. No sort.
 
     planes   P_h = C P for each head: the centre and covariance of up to 1024 keys, one program each
     hash     bucket of each token (one byte), and how many of each bucket a tile of 256 tokens has
@@ -8,6 +8,7 @@
 
 Planes and hashes are computed in fp32: products of 16-bit numbers are exact there. The last two are
 launched once a level, on the hashes and counts that all levels share: segments begin at tiles.
+Scratch is 5 bytes a token at 128 buckets: its hash, and its share of two counts.
 """
 
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from .plan import (
     TILE,
     Choices,
     Spec,
+    drawn_places,
     empty_choices,
     hyper_levels,
     with_residual_keys,
@@ -362,7 +364,8 @@ def launch_choices(
             BUCKETS=buckets, BLOCK=QUERY_BLOCK, PART=32, num_warps=8,
             maxnreg=MAX_REGISTERS,
         )  # fmt: skip
-    return with_residual_keys(choices, spec, len_q, len_k, len_m)
+    drawn = drawn_places(spec, len_q, len_k, len_m, seed, key.device)
+    return with_residual_keys(choices, drawn.in_order)
 
 
 def hash_warps(block_d: int) -> int:

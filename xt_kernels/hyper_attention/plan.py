@@ -21,7 +21,7 @@ Everything is deterministic: random choices come from `seed`, and are the same f
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -107,6 +107,12 @@ class Level:
         begin = self.k_begin + segment * self.step
         return slice(begin, min(begin + self.num_keys, self.k_end))
 
+    def count_pairs(self, keys: int) -> int:
+        """Pairs that meet, if each query meets `keys` of its segment, or those before it."""
+        rows = [self.queries(s) for s in range(self.segments)]
+        counts = [r.stop - r.start for r in rows]
+        return sum(n * (n + 1) // 2 if self.is_causal else n * keys for n in counts)
+
     def order(self, segment: int) -> tuple[slice, slice]:
         """Where the segment lies in the plan's order of queries and of keys."""
         q = self.q_offset + segment * self.num_queries
@@ -171,14 +177,20 @@ def _placed(found: list[Level], spec: Spec, num_memory: int) -> tuple[Level, ...
     placed = []
     offsets = [0, 0, 0, 0]
     for level in found:
-        sizes = {name: getattr(level, name) for name in Level.__dataclass_fields__}
         if level.is_causal or level.num_keys <= spec.budget:
-            placed.append(Level(**{**sizes, "width": level.num_keys}))
+            placed.append(replace(level, width=level.num_keys))
             continue
-        residual = 0 if spec.residual == "none" else spec.sample_size
-        sizes.update(width=spec.block_size, num_residual=residual, first_aligned=num_memory)
-        names = ("q_offset", "k_offset", "block_offset", "residual_offset")
-        level = Level(**{**sizes, **dict(zip(names, offsets, strict=True))})
+        q, k, block, residual = offsets
+        level = replace(
+            level,
+            width=spec.block_size,
+            num_residual=0 if spec.residual == "none" else spec.sample_size,
+            first_aligned=num_memory,
+            q_offset=q,
+            k_offset=k,
+            block_offset=block,
+            residual_offset=residual,
+        )
         placed.append(level)
         per_segment = (level.num_queries, level.num_keys, level.num_blocks, level.num_residual)
         offsets = [o + level.segments * n for o, n in zip(offsets, per_segment, strict=True)]
@@ -219,19 +231,28 @@ def random_projections(head_dim: int, count: int, seed: int, device: torch.devic
     return torch.randn(1, head_dim, count, generator=generator).to(device)
 
 
-@lru_cache(maxsize=64)
-def residual_places(
-    spec: Spec, num_queries: int, num_keys: int, num_memory: int, seed: int, device: torch.device
-) -> torch.Tensor:
-    """`Choices.residual_place` for these sizes: one a stratum, or uniform with replacement.
+class Drawn(NamedTuple):
+    """Places `[.]` of sampled keys, int32: in their segment's order, in the plan's `key_order`, and
+    counted through memory and `key` where that is the order. All empty for "mean" and "none"."""
 
-    Kept, so that a second call copies nothing to the device; do not write into it.
+    in_segment: torch.Tensor
+    in_order: torch.Tensor
+    in_memory: torch.Tensor
+
+
+@lru_cache(maxsize=64)
+def drawn_places(
+    spec: Spec, num_queries: int, num_keys: int, num_memory: int, seed: int, device: torch.device
+) -> Drawn:
+    """Samples for these sizes: one a stratum, or uniform with replacement.
+
+    Kept, so that a second call copies nothing to the device; do not write into them.
     """
     # Another stream of numbers than that of the projections.
     generator = torch.Generator().manual_seed(seed ^ 0x5EED)
-    places = []
-    for level in levels(spec, num_queries, num_keys, num_memory):
-        if level.is_exact or spec.residual not in ("sample", "uniform"):
+    found: tuple[list[torch.Tensor], ...] = ([], [], [])
+    for level in hyper_levels(spec, num_queries, num_keys, num_memory):
+        if spec.residual not in ("sample", "uniform"):
             continue
         shape = (level.segments, level.num_residual)
         if spec.residual == "uniform":
@@ -241,31 +262,12 @@ def residual_places(
             # fp64: the product stays below the stratum's size.
             inside = torch.rand(shape, generator=generator, dtype=torch.float64) * bounds.diff()
             drawn = bounds[:-1] + inside.long()
-        places.append(drawn.flatten())
-    found = torch.cat(places) if places else torch.empty(0)
-    return found.to(device=device, dtype=torch.int32)
-
-
-@lru_cache(maxsize=64)
-def residual_layout(
-    spec: Spec, num_queries: int, num_keys: int, num_memory: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each residual key's segment: where it begins in the key order, and its first key.
-
-    Both int32, and kept as `residual_places` are.
-    """
-    begins, firsts, counts = [], [], []
-    for level in hyper_levels(spec, num_queries, num_keys, num_memory):
-        for s in range(level.segments):
-            begins.append(level.order(s)[1].start)
-            firsts.append(level.keys(s).start)
-            counts.append(level.num_residual)
-    repeats = torch.tensor(counts, dtype=torch.long)
-    begin, first = (
-        torch.tensor(values, dtype=torch.int32).repeat_interleave(repeats).to(device)
-        for values in (begins, firsts)
-    )
-    return begin, first
+        segment = torch.arange(level.segments)[:, None]
+        found[0].append(drawn.flatten())
+        found[1].append((drawn + level.k_offset + segment * level.num_keys).flatten())
+        found[2].append((drawn + level.k_begin + segment * level.step).flatten())
+    none = torch.empty(0, dtype=torch.long)
+    return Drawn(*(torch.cat([none, *t]).to(device=device, dtype=torch.int32) for t in found))
 
 
 @lru_cache(maxsize=64)
@@ -289,15 +291,16 @@ def spread(length: int) -> torch.Tensor:
     return torch.arange(count) * length // max(count, 1)
 
 
-def gather(memory: torch.Tensor | None, current: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows `index` `[n]` of `[memory, current]` (both `[L, D]`), copied."""
+def gather(
+    memory: torch.Tensor | None, current: torch.Tensor, index: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """Copies rows `index` `[n]` of `[memory, current]` (both `[L, D]`) to `out` `[n, D]`."""
     if memory is None or not memory.shape[0]:
-        return current.index_select(0, index)
-    rows = current.new_empty((index.shape[0], current.shape[1]))
+        return torch.index_select(current, 0, index, out=out)
     old = index < memory.shape[0]
-    rows[old] = memory.index_select(0, index[old])
-    rows[~old] = current.index_select(0, index[~old] - memory.shape[0])
-    return rows
+    out[old] = memory.index_select(0, index[old])
+    out[~old] = current.index_select(0, index[~old] - memory.shape[0])
+    return out
 
 
 def gray_rank(signs: torch.Tensor) -> torch.Tensor:
@@ -322,7 +325,8 @@ def hyperplanes(
     query and key are `[L, D]`. Centres are those of queries and of keys.
     """
     num_memory = 0 if memory_key is None else memory_key.shape[0]
-    rows = gather(memory_key, key, spread(num_memory + key.shape[0])).float()
+    sampled = spread(num_memory + key.shape[0])
+    rows = gather(memory_key, key, sampled, key.new_empty(len(sampled), key.shape[1])).float()
     centres = torch.stack([query[spread(query.shape[0])].float().mean(0), rows.mean(0)])
     rows = rows - centres[1]
     planes = rows.mT @ (rows @ random)
@@ -374,7 +378,7 @@ def eager_choices(
                 choices.key_order[b, g, k_place] = k.argsort(stable=True).int() + columns.start
                 starts = _bucket_starts(level, q, k, 2 ** projections.shape[2])
                 choices.window_start[b, h, level.blocks(s)] = starts.int()
-    return with_residual_keys(choices, spec, *sizes)
+    return with_residual_keys(choices, drawn_places(spec, *sizes, seed, key.device).in_order)
 
 
 def empty_choices(
@@ -384,36 +388,29 @@ def empty_choices(
     (batch, heads, num_queries), (groups, num_keys) = query.shape[:3], key.shape[1:3]
     sizes = num_queries, num_keys, num_memory
     hyper = hyper_levels(spec, *sizes)
-    places = residual_places(spec, *sizes, seed, key.device).clone()
+    drawn = drawn_places(spec, *sizes, seed, key.device)
+    # What is returned must be nobody else's.
+    places = drawn.in_segment.clone()
     none = [query.new_empty((batch, n, 0), dtype=torch.int32) for n in (heads, groups, groups)]
     if spec.window == "tile":
-        layout = residual_layout(spec, *sizes, key.device)
-        return Choices(
-            none[0],
-            none[1],
-            aligned_starts(spec, *sizes, key.device).repeat(batch, heads, 1),
-            places,
-            (places + layout[1][: places.numel()]).repeat(batch, groups, 1),
-        )
+        starts = aligned_starts(spec, *sizes, key.device).repeat(batch, heads, 1)
+        return Choices(none[0], none[1], starts, places, drawn.in_memory.repeat(batch, groups, 1))
     queries, keys, blocks = (
         sum(level.segments * getattr(level, name) for level in hyper)
         for name in ("num_queries", "num_keys", "num_blocks")
     )
     shapes = (batch, heads, queries), (batch, groups, keys), (batch, heads, blocks)
-    # The slots of queries that a last, shorter segment does not have are never used.
-    orders = [query.new_zeros(shape, dtype=torch.int32) for shape in shapes]
+    # The slots of queries that the last, shorter segment of a causal level lacks are never used.
+    new = query.new_zeros if spec.is_causal else query.new_empty
+    orders = [new(shape, dtype=torch.int32) for shape in shapes]
     return Choices(orders[0], orders[1], orders[2], places, none[2])
 
 
-def with_residual_keys(
-    choices: Choices, spec: Spec, num_queries: int, num_keys: int, num_memory: int
-) -> Choices:
-    """The choices with the keys at the residual places of the finished order."""
-    places = choices.residual_place
-    if not places.numel():
+def with_residual_keys(choices: Choices, in_order: torch.Tensor) -> Choices:
+    """The choices with the keys at places `in_order` of the finished order."""
+    if not in_order.numel():
         return choices
-    begin, _ = residual_layout(spec, num_queries, num_keys, num_memory, places.device)
-    return choices._replace(residual_key=choices.key_order.index_select(2, places + begin))
+    return choices._replace(residual_key=choices.key_order.index_select(2, in_order))
 
 
 def _bucket_starts(

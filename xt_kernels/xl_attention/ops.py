@@ -6,6 +6,8 @@ asking for it raises. Triton is imported where a CUDA tensor arrives.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from . import eager
@@ -32,15 +34,7 @@ def forward(
 
 
 @forward.register_fake
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    memory_key: torch.Tensor | None,
-    memory_value: torch.Tensor | None,
-    scale: float,
-    is_causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(query: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
     wide = torch.promote_types(query.dtype, torch.float32)
     return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=wide)
 
