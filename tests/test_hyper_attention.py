@@ -443,7 +443,9 @@ class Launches(TorchDispatchMode):
     """Counts what starts work on a GPU: the kernels, which do nothing here, and PyTorch's ops."""
 
     # Allocations and views, and what only looks at dtypes.
-    free = frozenset("alias empty empty_like new_empty slice select expand detach promote_types".split())
+    free = frozenset(
+        "alias empty empty_like new_empty slice select expand detach promote_types".split()
+    )
 
     def __init__(self, monkeypatch):
         super().__init__()

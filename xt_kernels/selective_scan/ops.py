@@ -15,7 +15,7 @@ CHUNK = 64
 
 
 def _chunk(u: torch.Tensor, A: torch.Tensor) -> int:
-    return CHUNK if u.is_cuda else eager.chunk_length(u.shape[0] * A.numel())
+    return CHUNK if u.is_cuda else eager.chunk_length(A.numel())
 
 
 @torch.library.custom_op("xt::selective_scan_fwd", mutates_args=())
