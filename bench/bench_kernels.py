@@ -227,7 +227,8 @@ def test_hyper_attention(benchmark, request, length, is_causal):
         skipped["flex_attention"] = "half a minute to compile on a CPU: with --full only"
     forms, absent = available(wanted, *tensors, is_causal=is_causal)
     max_error = dict.fromkeys(forms, 1e-2)
-    for name, options in (("ours", {}), ("ours, means", {"residual": "mean"})):
+    clusters = {"window": "cluster", "residual": "mean"}
+    for name, options in (("ours", {}), ("ours, clusters", clusters)):
         forms[name] = partial(xk.hyper_attention, min_seq_len=HYPER_LEAST, **options)
     if is_causal and length & (length - 1):
         absent["hyper, published"] = "its halves must be even"
@@ -268,14 +269,15 @@ def test_hyper_attention_backward(benchmark, length):
 
 
 @pytest.mark.parametrize("length", HYPER)
-def test_hyper_attention_plan(benchmark, length):
-    """Hashing and ordering alone, against PyTorch's hash and stable sort of queries and keys."""
+@pytest.mark.parametrize("window", ["lsh", "cluster"])
+def test_hyper_attention_plan(benchmark, window, length):
+    """Buckets and orders alone, against PyTorch's hash and stable sort of queries and keys."""
     query, key, _ = (t.to(DEVICE, DTYPE) for t in clustered((1, 12, length, 64)))
     directions = torch.randn(64, 7, device=DEVICE, dtype=DTYPE)
 
     # Orders differ, but each is one of all tokens: their sums do not.
     def ours():
-        made = xk.make_plan(query, key, min_seq_len=0).choices
+        made = xk.make_plan(query, key, min_seq_len=0, window=window).choices
         return [order.sum(-1).double() for order in (made.query_order, made.key_order)]
 
     def sorts():
@@ -283,7 +285,7 @@ def test_hyper_attention_plan(benchmark, length):
         return [order.sum(-1).double() for order in orders]
 
     compare(
-        benchmark, ours, {"hash and sort": sorts}, op="hyper_attention", variant="plan",
+        benchmark, ours, {"hash and sort": sorts}, op="hyper_attention", variant=f"plan, {window}",
         length=length, units=(length, "tokens"), rounds=5,
     )  # fmt: skip
 

@@ -77,31 +77,21 @@ def ours(**options: object) -> Callable[..., torch.Tensor]:
     return form
 
 
-def principal(*tensors: torch.Tensor, seed: int) -> torch.Tensor:
-    """Hyperplanes across the principal directions of each head's keys, given as `projections`."""
-    key = tensors[1] - tensors[1].mean(2, keepdim=True)
-    directions = torch.linalg.eigh((key.mT @ key)[0]).eigenvectors[..., -8:]
-    plan = xk.make_plan(*tensors[:2], min_seq_len=0, projections=directions, seed=seed)
-    out = xk.hyper_attention(*tensors, plan=plan)
-    assert isinstance(out, torch.Tensor)
-    return out
-
-
 def forms() -> dict[str, Callable[..., torch.Tensor]]:
     """What is compared; the first is what the rest is divided by."""
     found: dict[str, Callable[..., torch.Tensor]] = {"published": published_hyper_attention}
-    for residual in ("uniform", "sample", "mean"):
-        found[f"lsh, {residual}, 256 + 256"] = ours(residual=residual)
-    for window, sample in ((384, 128), (128, 384)):
-        found[f"lsh, mean, {window} + {sample}"] = ours(block_size=window, sample_size=sample)
-    found["lsh, none, 512"] = ours(block_size=512, residual="none")
-    found["lsh, mean, 256 + 256, 8 bits"] = ours(lsh_num_projs=8)
-    found["principal, mean, 256 + 256, 8 bits"] = principal
-    for residual in ("sample", "mean"):
-        found[f"tile, {residual}, 256 + 256"] = ours(window="tile", residual=residual)
-    for window, sample in ((384, 128), (128, 384)):
-        name = f"tile, mean, {window} + {sample}"
-        found[name] = ours(window="tile", block_size=window, sample_size=sample)
+    found["lsh, uniform, 256 + 256"] = ours(residual="uniform")
+    for window in ("lsh", "cluster", "tile"):
+        for residual in ("sample", "mean"):
+            found[f"{window}, {residual}, 256 + 256"] = ours(window=window, residual=residual)
+        for keys, means in ((384, 128), (128, 384)):
+            name = f"{window}, mean, {keys} + {means}"
+            sizes = {"block_size": keys, "sample_size": means}
+            found[name] = ours(window=window, residual="mean", **sizes)
+    for window in ("lsh", "cluster"):
+        found[f"{window}, none, 512"] = ours(window=window, block_size=512, residual="none")
+        name = f"{window}, mean, 256 + 256, 8 bits"
+        found[name] = ours(window=window, residual="mean", lsh_num_projs=8)
     return found
 
 

@@ -39,6 +39,7 @@ PLAIN = [(1, 2, 2, 150, 140, 0, 16), (2, 2, 1, 131, 150, 37, 24)]
 CAUSAL = [(1, 1, 1, 530, 530, 0, 16), (1, 2, 1, 300, 340, 70, 24)]
 CHOICES = {"block_size": 32, "sample_size": 24, "min_seq_len": 0, "lsh_num_projs": 4}
 KINDS = [(w, r) for w in ("lsh", "tile") for r in ("mean", "sample", "uniform", "none")]
+KINDS.append(("cluster", "mean"))
 
 
 def inputs(shape, dtype, device="cpu", kind="normal", seed=0):
@@ -133,7 +134,7 @@ def test_the_definition_query_by_query(window, residual):
     query = wide[0][0, 0]
     keys, values = torch.cat([wide[3], wide[1]], 2)[0, 0], torch.cat([wide[4], wide[2]], 2)[0, 0]
     choices, n, m = plan.choices, 177, 24
-    if window == "lsh":
+    if window != "tile":
         q_order, k_order = choices.query_order[0, 0].tolist(), choices.key_order[0, 0].tolist()
     else:
         q_order, k_order = list(range(150)), list(range(n))
@@ -211,16 +212,38 @@ def test_ones_give_one(is_causal, residual):
             torch.testing.assert_close(out, torch.ones_like(out))
 
 
-@pytest.mark.parametrize("residual", ["mean", "sample"])
-def test_the_error_falls_with_the_budget(residual):
-    """Clusters, mean of several seeds; 0 where the budget covers all keys."""
+def of_clusters(count):
+    """(query, key, value) `[1, 2, 1024, 32]`, each token of one of `count` kinds."""
     generator = torch.Generator().manual_seed(0)
-    centres = 1.5 * torch.randn(16, 32, generator=generator)
-    query, key, value = (
-        centres[torch.randint(16, (1, 2, 1024), generator=generator)]
+    centres = 1.5 * torch.randn(count, 32, generator=generator)
+    return [
+        centres[torch.randint(count, (1, 2, 1024), generator=generator)]
         + 0.5 * torch.randn(1, 2, 1024, 32, generator=generator)
         for _ in range(3)
+    ]
+
+
+def test_clusters_meet_where_hashes_cut_them():
+    query, key, value = of_clusters(16)
+    exact = F.scaled_dot_product_attention(query, key, value)
+    sizes = {"block_size": 128, "sample_size": 32, "min_seq_len": 0, "lsh_num_projs": 5}
+    sizes["residual"] = "mean"
+    lsh, cluster = (
+        (xk.hyper_attention(query, key, value, window=window, **sizes) - exact).norm()
+        for window in ("lsh", "cluster")
     )
+    assert cluster < 0.6 * lsh
+    plan = xk.make_plan(query, key, window="cluster", **sizes)
+    described = plan.describe(query, key)
+    assert described.mass.min() > 0.75 and described.key_buckets.sum() == 2 * 1024
+
+
+@pytest.mark.parametrize(
+    ("window", "residual"), [("lsh", "mean"), ("lsh", "sample"), ("cluster", "mean")]
+)
+def test_the_error_falls_with_the_budget(window, residual):
+    """Clusters, mean of several seeds; 0 where the budget covers all keys."""
+    query, key, value = of_clusters(16)
     exact = F.scaled_dot_product_attention(query, key, value)
     errors = []
     for keys in (32, 64, 128, 256, 512):
@@ -231,6 +254,7 @@ def test_the_error_falls_with_the_budget(residual):
                 value,
                 block_size=keys,
                 sample_size=keys,
+                window=window,
                 residual=residual,
                 min_seq_len=0,
                 seed=seed,
@@ -253,19 +277,18 @@ def test_neighbours_in_the_gray_order_differ_in_one_sign():
     assert ((by_rank[1:] - by_rank[:-1]).abs().sum(1) == 1).all()
 
 
-def test_equal_buckets_meet():
+@pytest.mark.parametrize("window", ["lsh", "cluster"])
+def test_equal_buckets_meet(window):
     """Skewed clusters: a block's window lies in its bucket of keys, wherever ranks would put it."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(8, 16, generator=generator) * 4
     q_label = torch.randint(8, (2048,), generator=generator)
     k_label = (torch.rand(2048, generator=generator) ** 3 * 8).long()
     query, key = (centres[label][None, None] for label in (q_label, k_label))
-    plan = xk.make_plan(query, key, min_seq_len=0, block_size=16, sample_size=16)
+    sizes = {"min_seq_len": 0, "block_size": 16, "sample_size": 16, "window": window}
+    plan = xk.make_plan(query, key, **sizes)
     planes = plans.random_projections(16, 7, 0, torch.device("cpu"))[0]
-    planes, middle = plans.hyperplanes(query[0, 0], key[0, 0], None, planes)
-    q_code, k_code = (
-        plans.hash_codes(t[0, 0], planes, c) for t, c in zip((query, key), middle, strict=True)
-    )
+    q_code, k_code = plans.buckets(plan.spec, query[0, 0], key[0, 0], None, planes)
     starts = plan.choices.window_start[0, 0].tolist()
     q_order, k_order = plan.choices.query_order[0, 0].long(), plan.choices.key_order[0, 0].long()
     met = 0
@@ -304,12 +327,26 @@ def test_samples_are_one_a_stratum():
     assert (uniform.diff() >= 0).all() and uniform.min() >= 0 and uniform.max() < 1007
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("dtype", LOW)
+def test_samples_of_a_sequence_are_spread_evenly():
+    for length in (1, 7, 1000, 2**20, 2**31 - 1):
+        places = plans.sampled(min(length, 1024), length)
+        assert places.min() >= 0 and places.max() < length
+    for count in (64, 1024):
+        gaps = plans.sampled(count, 2**20).sort().values.diff()
+        assert gaps.max() < 3 * 2**20 / count and gaps.min() > 2**20 / count / 3
+    # All columns of an image's rows, not those that a stride of 16 would meet.
+    assert len((plans.sampled(1024, 2**14) % 128).unique()) == 128
+
+
+@pytest.mark.parametrize(
+    ("window", "dtype", "is_causal"),
+    [("lsh", dtype, is_causal) for dtype in LOW for is_causal in (False, True)]
+    + [("cluster", torch.bfloat16, False), ("cluster", torch.float32, True)],
+)
 def test_the_kernels_make_the_plan_of_the_cpu_form(
-    honest, poisoned_empty, device, dtype, is_causal
+    honest, poisoned_empty, device, dtype, is_causal, window
 ):
-    """Up to tokens that lie on a plane to within rounding."""
+    """Up to tokens that lie on a plane, or between centres, to within rounding."""
     cases = [
         ((2, 2, 1, 300, 520, 90, 24), 5, "sample"),
         ((1, 1, 1, 600, 300, 0, 16), 1, "mean"),
@@ -317,7 +354,7 @@ def test_the_kernels_make_the_plan_of_the_cpu_form(
     ]
     for shape, bits, residual in cases:
         (query, key, _, memory, _), _ = inputs(shape, dtype, device)
-        spec = Spec(is_causal, 32, 24, 256, "lsh", residual)
+        spec = Spec(is_causal, 32, 24, 256, window, residual)
         planes = plans.random_projections(shape[6], bits, 1, torch.device("cpu"))
         planes = planes.expand(shape[2], -1, -1)
         host = [t if t is None else t.cpu() for t in (query, key, memory)]
@@ -465,7 +502,7 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("residual", ["mean", "sample", "none"])
-@pytest.mark.parametrize("window", ["lsh", "tile"])
+@pytest.mark.parametrize("window", ["lsh", "cluster", "tile"])
 def test_launches(monkeypatch, window, residual):
     """At most 8 in a forward with its plan, 12 in a backward; causal ones grow with levels."""
     low, _ = inputs(PLAIN[1], torch.float32)
@@ -479,7 +516,7 @@ def test_launches(monkeypatch, window, residual):
         choices.key_order.zero_()
         launches.found.remove("zero_")
         out, lse = forward.launch_forward(*low, choices, spec, 0.2, SMALL)
-        kernels = 5 if window == "lsh" else 1
+        kernels = {"lsh": 5, "cluster": 6, "tile": 1}[window]
         assert launches.found.count("kernel") == kernels + (residual == "mean")
         assert len(launches.found) <= 8, " ".join(launches.found)
         launches.found.clear()
@@ -583,7 +620,7 @@ def test_opcheck(device, dtype):
     grads, _ = grads_of(PLAIN[1], dtype, device)
     # Stored [B, L, heads, D], as projections give them.
     low = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in low]
-    for window in ("lsh", "tile"):
+    for window in ("lsh", "cluster", "tile"):
         spec = Spec(False, 32, 24, 0, window, "sample")
         arguments = (low[0], low[1], low[3], None, 4, 0, None, *spec)
         torch.library.opcheck(ops.make_choices, arguments)
@@ -751,7 +788,7 @@ def test_huge_logits_and_weights(honest, device, dtype):
     assert all(t.isfinite().all() for t in found)
 
 
-@pytest.mark.parametrize("window", ["lsh", "tile"])
+@pytest.mark.parametrize("window", ["lsh", "cluster", "tile"])
 def test_nan_stays_in_its_head(honest, device, window):
     low, _ = inputs((2, 2, 2, 150, 140, 0, 16), torch.float32, device)
     low[1][1, 0, 5] = float("nan")
@@ -821,6 +858,25 @@ class TestOffsetsPast2To31:
             config = Config(32, 16, 4, 1, columns)
             self.cases.append((replace_choices(plan, **moved), expected, config))
 
+    @pytest.mark.parametrize("window", ["lsh", "cluster"])
+    def test_plan(self, monkeypatch, window):
+        """Tensors and orders whose strides pass; the scratch between is as long as the tokens."""
+        low, _ = inputs(self.shape, torch.float32)
+        spec = Spec(False, 20, 6, 0, window, "sample")
+        planes = plans.random_projections(24, 4, 0, torch.device("cpu")).expand(3, -1, -1)
+        wanted = plans.eager_choices(spec, low[0], low[1], low[3], planes, 0)
+
+        def empty(*arguments):
+            made = plans.empty_choices(*arguments)
+            return made._replace(**{n: far_heads(getattr(made, n)) for n in made._fields[:3]})
+
+        monkeypatch.setattr(order, "empty_choices", empty)
+        random = far(planes[None])[0]
+        with honest_interpreter():
+            found = order.launch_choices(spec, self.low[0], self.low[1], self.low[3], random, 0)
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert torch.equal(ours, theirs)
+
     def forward(self):
         for plan, expected, config in self.cases:
             with honest_interpreter():
@@ -876,7 +932,7 @@ META = Q[:1, :1, :1].to("meta")
         ({"sample_size": 2.5}, "sample_size must be an integer of at least 1, got 2.5"),
         ({"lsh_num_projs": 9}, "lsh_num_projs must be an integer in 1..8, got 9"),
         ({"min_seq_len": -1}, "min_seq_len must be an integer of at least 0, got -1"),
-        ({"window": "rank"}, "window must be one of lsh, tile, got 'rank'"),
+        ({"window": "rank"}, "window must be one of lsh, cluster, tile, got 'rank'"),
         ({"residual": "all"}, "residual must be one of sample, mean, uniform, none, got 'all'"),
         ({"scale": math.inf}, "scale must be finite, got inf"),
         ({"memory_key": K}, "memory_key and memory_value must come together"),
@@ -929,6 +985,47 @@ def test_the_module_is_the_op_and_survives_saving():
     assert (causal[:, :, :20] == 0).all()
 
 
+class Layer(torch.nn.Module):
+    """Self-attention with projections of its own, of 64 tokens and more."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = torch.nn.Linear(32, 96)
+        self.attention = xk.HyperAttention(16, 4, 32, 16, 0, residual="sample", resample=False)
+
+    def forward(self, tokens):
+        heads = self.project(tokens).unflatten(-1, (3, 2, 16)).movedim(1, 3)
+        return self.attention(*heads.unbind(1)).transpose(1, 2).flatten(2)
+
+
+def one_of_two(rank, folder):
+    """Trains its half of the batch under DistributedDataParallel, and saves the gradients."""
+    torch.set_num_threads(1)
+    group = {"init_method": f"file://{folder}/meet", "rank": rank, "world_size": 2}
+    torch.distributed.init_process_group("gloo", **group)
+    torch.manual_seed(rank)  # the first one's weights are everybody's
+    layer = torch.nn.parallel.DistributedDataParallel(Layer())
+    tokens = torch.load(folder / "tokens.pt")[2 * rank : 2 * rank + 2]
+    layer(tokens).square().mean().backward()
+    torch.save([p.grad for p in layer.module.parameters()], folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_data_parallel_training(tmp_path):
+    """Two processes with half a batch each have the gradient of the whole batch."""
+    tokens = make((4, 200, 32), torch.float32, 0)[0]
+    torch.save(tokens, tmp_path / "tokens.pt")
+    torch.multiprocessing.spawn(one_of_two, (tmp_path,), nprocs=2)
+    torch.manual_seed(0)
+    layer = Layer()
+    layer(tokens).square().mean().backward()
+    for rank in range(2):
+        for ours, whole in zip(
+            torch.load(tmp_path / f"{rank}.pt"), layer.parameters(), strict=True
+        ):
+            torch.testing.assert_close(ours, whole.grad)
+
+
 def test_the_module_resamples_in_training_only():
     (query, key, value, *_), _ = inputs((1, 1, 1, 300, 280, 0, 16), torch.float32)
     module = xk.HyperAttention(16, 4, 32, 16, 0, residual="sample")
@@ -957,7 +1054,7 @@ def test_the_module_warns_and_refuses():
         ({"input_dim": 20}, "input_dim must be a multiple of 8 in 16..256, got 20"),
         ({"lsh_num_projs": 0}, "lsh_num_projs must be an integer in 1..8, got 0"),
         ({"layout": "bhdn"}, "layout must be one of bhnd, bnhd, got 'bhdn'"),
-        ({"window": "x"}, "window must be one of lsh, tile, got 'x'"),
+        ({"window": "x"}, "window must be one of lsh, cluster, tile, got 'x'"),
     ]:
         with pytest.raises(ValueError, match=f"^HyperAttention: {message}"):
             xk.HyperAttention(**options)

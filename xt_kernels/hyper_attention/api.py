@@ -11,7 +11,7 @@ from . import plan as plans
 from .plan import Choices, Plan, Spec
 
 OP = "hyper_attention"
-WINDOWS = ("lsh", "tile")
+WINDOWS = ("lsh", "cluster", "tile")
 RESIDUALS = ("sample", "mean", "uniform", "none")
 
 
@@ -58,10 +58,11 @@ def hyper_attention(
     enable_gqa: allow fewer key heads than query heads.
     block_size: keys of a window, at least 1. 128 neighbouring queries share a window.
     sample_size: residual keys, at least 1.
-    lsh_num_projs: hyperplanes of the hash, 1 to 8: 2 to 256 buckets.
+    lsh_num_projs: hyperplanes of the hash, 1 to 8: 2 to 256 buckets, or as many clusters.
     min_seq_len: keys, memory included, up to which attention is exact.
-    window: "lsh": queries and keys that hash alike meet. "tile": queries meet the keys around the
-        same place, for tokens whose order is spatial (`stitch_regions(order="tile")`).
+    window: "lsh": queries and keys that hash alike meet. "cluster": those of one cluster of keys
+        meet. "tile": queries meet the keys around the same place, for tokens whose order is spatial
+        (`stitch_regions(order="tile")`).
     residual: "sample": one key of each stratum of the ordered keys. "mean": mean key and value of
         each stratum; every key gets a gradient. "uniform": keys drawn with replacement, as
         published. "none": the window alone.
@@ -128,7 +129,8 @@ def make_plan(
     Arguments are those of `hyper_attention`, and:
 
     projections: `[D, bits]` or `[groups, D, bits]`, the random hyperplanes that are weighted by the
-        covariance of the keys; bits 1 to 8. Default: lsh_num_projs standard normal ones from seed.
+        covariance of the keys, or that sort the clusters; bits 1 to 8. Default: lsh_num_projs
+        standard normal ones from seed.
     draw: an int64 scalar on the CPU, the seed of samples instead of `seed`: what torch.randint
         gave, so that a compiled model can draw anew in each call.
 

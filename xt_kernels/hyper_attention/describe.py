@@ -7,7 +7,7 @@ from itertools import product
 
 import torch
 
-from .plan import QUERY_BLOCK, Choices, Plan, hash_codes, hyperplanes, random_projections
+from .plan import QUERY_BLOCK, Choices, Plan, buckets, random_projections
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,14 @@ def describe(
     chosen = torch.arange(count) * plan.num_queries // max(count, 1)
     mass = torch.zeros(query.shape[:2])
     share = 0.0
-    is_hashed = plan.spec.window == "lsh"
+    is_hashed = plan.spec.window != "tile"
     choices = Choices(*(t.cpu() for t in plan.choices))
     random = plan.projections
     if random is None:
         device = torch.device("cpu")
         random = random_projections(key.shape[3], plan.lsh_num_projs, plan.seed, device)
     random = random.cpu().float().expand(key.shape[1], -1, -1)
-    buckets = torch.zeros((*key.shape[:2], 2 ** random.shape[2]), dtype=torch.long)
+    sizes = torch.zeros((*key.shape[:2], 2 ** random.shape[2]), dtype=torch.long)
     for b, h in product(range(query.shape[0]), range(query.shape[1])):
         g = h // group
         memory = None if memory_key is None else memory_key[b, g].detach().cpu()
@@ -79,10 +79,9 @@ def describe(
         mass[b, h] = (weights * attended).sum() / max(count, 1)
         share += attended.sum().item() / max(allowed.sum().item(), 1) / mass.numel()
         if is_hashed:
-            planes, centres = hyperplanes(query[b, h], key[b, g], memory, random[g])
-            codes = hash_codes(keys, planes, centres[1])
-            buckets[b, g] = torch.bincount(codes, minlength=buckets.shape[2])
-    return Description(mass, share, buckets if is_hashed else None)
+            _, codes = buckets(plan.spec, query[b, h], key[b, g], memory, random[g])
+            sizes[b, g] = torch.bincount(codes, minlength=sizes.shape[2])
+    return Description(mass, share, sizes if is_hashed else None)
 
 
 def _attended(
@@ -106,7 +105,7 @@ def _attended(
                     attended[i, seen] = True
                     continue
                 keys = torch.arange(columns.start, columns.stop)
-                if plan.spec.window == "lsh":
+                if plan.spec.window != "tile":
                     q_place, k_place = level.order(segment)
                     place = int((choices.query_order[b, h, q_place] == token).nonzero())
                     keys = choices.key_order[b, g, k_place].long()

@@ -417,7 +417,7 @@ def launch_means(
         key.stride(), value.stride(), *[m.stride() for m in memory], rows[1],
         mean_key.stride(0), groups, len_m, level.segments, level.step, level.k_begin,
         level.num_keys, level.num_residual,
-        ORDERED=spec.window == "lsh", HAS_MEMORY=len_m > 0, HEAD_DIM=head_dim, BLOCK_D=block_d,
+        ORDERED=spec.window != "tile", HAS_MEMORY=len_m > 0, HEAD_DIM=head_dim, BLOCK_D=block_d,
         BLOCK_N=1024 // block_d, num_warps=4, num_stages=1,
         ACC=tl.float64 if key.dtype == torch.float64 else tl.float32,
     )  # fmt: skip

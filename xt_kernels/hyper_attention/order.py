@@ -1,10 +1,15 @@
 # mypy: ignore-errors
 """Triton form of a plan: hash, count, scan, place. No sort.
 
-    planes   P_h = C P for each head: the centre and covariance of up to 1024 keys, one program each
+    planes   P_h = C P for each head: the middle and covariance of up to 1024 keys, one program each
     hash     bucket of each token (one byte), and how many of each bucket a tile of 256 tokens has
     scan     where the tokens of (tile, bucket) begin in their segment's order
     order    each token's place, begin + rank among its equals in the tile; and the windows
+
+For clusters, two launches stand for the first:
+
+    seeds    keys in the order of their hashes, and the middles of keys and of queries
+    centres  the mean of those sampled keys that are nearest to a seed
 
 Planes and hashes are computed in fp32: products of 16-bit numbers are exact there. The last two are
 launched once a level, on the hashes and counts that all levels share: segments begin at tiles.
@@ -22,6 +27,7 @@ from .._aot import AotCase
 from .._attention import MAX_REGISTERS, head_of, key_places
 from .._tiles import offset, split
 from .plan import (
+    GOLDEN,
     QUERY_BLOCK,
     SAMPLED_TOKENS,
     TILE,
@@ -36,12 +42,70 @@ from .plan import (
 # Columns of planes: what a dot takes at least.
 PLANES = tl.constexpr(16)
 TILE_ = tl.constexpr(TILE)
+GOLDEN_ = tl.constexpr(GOLDEN)
+# Centres that a program makes.
+SEEDS = tl.constexpr(16)
 
 
 @triton.jit
-def _spread(offs, count, length):
-    """Place of evenly spaced token `offs` of `count`; 64-bit, as the product needs."""
-    return tl.cast(offs, tl.int64) * length // count
+def _sampled(offs, length):
+    """Place of sample `offs` of a sequence; see `plan.sampled`. 64-bit, as the products need."""
+    return (tl.cast(offs, tl.int64) * GOLDEN_ & 0x7FFFFFFF) * length >> 31
+
+
+@triton.jit
+def _sampled_keys(
+    k_base, mk_base, k_strides, mk_strides, len_m, total, offs, mask_d, offs_d,
+    SAMPLED: tl.constexpr, HAS_MEMORY: tl.constexpr,
+):  # fmt: skip
+    """(samples `offs` of all keys, which of them there are), both `[.., BLOCK_D]`."""
+    mask = (offs < tl.minimum(total, SAMPLED))[:, None] & mask_d[None, :]
+    index = _sampled(offs, total)
+    ptrs = key_places(k_base, mk_base, k_strides, mk_strides, index, len_m, offs_d, HAS_MEMORY)
+    return tl.load(ptrs, mask=mask, other=0.0), mask
+
+
+@triton.jit
+def _middle_of_keys(
+    k_base, mk_base, k_strides, mk_strides, len_m, total, offs_d, mask_d,
+    SAMPLED: tl.constexpr, HAS_MEMORY: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Mean of the sampled keys `[BLOCK_D]`, fp32."""
+    count = tl.minimum(total, SAMPLED)
+    row = tl.arange(0, ROWS)
+    middle = tl.zeros_like(mask_d.to(tl.float32))
+    for first in range(0, count, ROWS):
+        keys, _ = _sampled_keys(
+            k_base, mk_base, k_strides, mk_strides, len_m, total, first + row, mask_d, offs_d,
+            SAMPLED, HAS_MEMORY,
+        )  # fmt: skip
+        middle += tl.sum(keys.to(tl.float32), 0)
+    return middle / count
+
+
+@triton.jit
+def _middle_of_queries(
+    q_base, q_strides, len_q, offs_d, mask_d, SAMPLED: tl.constexpr, ROWS: tl.constexpr
+):
+    """Mean of the sampled queries `[BLOCK_D]`, fp32."""
+    count = tl.minimum(len_q, SAMPLED)
+    row = tl.arange(0, ROWS)
+    middle = tl.zeros_like(mask_d.to(tl.float32))
+    for first in range(0, count, ROWS):
+        mask = (first + row < count)[:, None] & mask_d[None, :]
+        ptrs = q_base + offset(_sampled(first + row, len_q), q_strides[2])[:, None]
+        ptrs += offset(offs_d, q_strides[3])[None, :]
+        middle += tl.sum(tl.load(ptrs, mask=mask, other=0.0).to(tl.float32), 0)
+    return middle / count
+
+
+@triton.jit
+def _gray_rank(signs, place):
+    """Rank along the Gray code of bits `signs` at places `place`; see `plan.gray_rank`."""
+    code = tl.sum(signs.to(tl.int32) << place[None, :], 1)
+    code = code ^ (code >> 1)
+    code = code ^ (code >> 2)
+    return code ^ (code >> 4)
 
 
 @triton.jit
@@ -53,7 +117,7 @@ def _hyper_planes_kernel(
 ):  # fmt: skip
     """A plane of a head, a column of `[D, 16]`, and its thresholds for queries and keys `[2, 16]`.
 
-    Each program finds the centre again: sharing it would take a launch more.
+    Each program finds the middles again: sharing them would take a launch more.
     """
     pid_bh, pid_p = split(tl.program_id(0), bits)
     pid_b, pid_h = split(pid_bh, num_heads)
@@ -61,37 +125,24 @@ def _hyper_planes_kernel(
     offs_d, row = tl.arange(0, BLOCK_D), tl.arange(0, ROWS)
     mask_d = offs_d < HEAD_DIM
     total = len_m + len_k
-    count = tl.minimum(total, SAMPLED)
     k_base = head_of(k_ptr, pid_b, pid_g, k_strides)
     mk_base = head_of(mk_ptr, pid_b, pid_g, mk_strides)
     q_base = head_of(q_ptr, pid_b, pid_h, q_strides)
-
-    centre = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(0, count, ROWS):
-        mask = (first + row < count)[:, None] & mask_d[None, :]
-        index = _spread(first + row, count, total)
-        ptrs = key_places(k_base, mk_base, k_strides, mk_strides, index, len_m, offs_d, HAS_MEMORY)
-        centre += tl.sum(tl.load(ptrs, mask=mask, other=0.0).to(tl.float32), 0)
-    centre = centre / count
-    q_count = tl.minimum(len_q, SAMPLED)
-    q_centre = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(0, q_count, ROWS):
-        mask = (first + row < q_count)[:, None] & mask_d[None, :]
-        index = _spread(first + row, q_count, len_q)
-        ptrs = q_base + offset(index, q_strides[2])[:, None]
-        ptrs += offset(offs_d, q_strides[3])[None, :]
-        q_centre += tl.sum(tl.load(ptrs, mask=mask, other=0.0).to(tl.float32), 0)
-    q_centre = q_centre / q_count
+    middle = _middle_of_keys(
+        k_base, mk_base, k_strides, mk_strides, len_m, total, offs_d, mask_d, SAMPLED, HAS_MEMORY,
+        ROWS,
+    )  # fmt: skip
+    q_middle = _middle_of_queries(q_base, q_strides, len_q, offs_d, mask_d, SAMPLED, ROWS)
 
     random_ptrs = random_ptr + offset(pid_g, random_strides[0]) + offset(pid_p, random_strides[2])
     random = tl.load(random_ptrs + offset(offs_d, random_strides[1]), mask=mask_d, other=0.0)
     plane = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(0, count, ROWS):
-        mask = (first + row < count)[:, None] & mask_d[None, :]
-        index = _spread(first + row, count, total)
-        ptrs = key_places(k_base, mk_base, k_strides, mk_strides, index, len_m, offs_d, HAS_MEMORY)
-        keys = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-        keys = tl.where(mask, keys - centre[None, :], 0.0)
+    for first in range(0, tl.minimum(total, SAMPLED), ROWS):
+        keys, mask = _sampled_keys(
+            k_base, mk_base, k_strides, mk_strides, len_m, total, first + row, mask_d, offs_d,
+            SAMPLED, HAS_MEMORY,
+        )  # fmt: skip
+        keys = tl.where(mask, keys.to(tl.float32) - middle[None, :], 0.0)
         side = tl.sum(keys * random[None, :], 1)
         plane += tl.sum(keys * side[:, None], 0)
 
@@ -104,8 +155,144 @@ def _hyper_planes_kernel(
     tl.store(planes_ptr + place, plane)
     rounded = plane.to(tl.float32)
     threshold_ptrs = threshold_ptr + offset(pid_bh, 2 * PLANES) + pid_p
-    tl.store(threshold_ptrs, tl.sum(rounded * q_centre, 0))
-    tl.store(threshold_ptrs + PLANES, tl.sum(rounded * centre, 0))
+    tl.store(threshold_ptrs, tl.sum(rounded * q_middle, 0))
+    tl.store(threshold_ptrs + PLANES, tl.sum(rounded * middle, 0))
+
+
+@triton.jit
+def _hash_seeds(
+    k_base, mk_base, k_strides, mk_strides, len_m, total, middle, random, seed, mask_d, offs_d,
+    offs_p, bits, SAMPLED: tl.constexpr, HAS_MEMORY: tl.constexpr,
+):  # fmt: skip
+    """(rank of the hash, row `[.., BLOCK_D]`) of seeds: samples less the middle, rounded."""
+    # Fewer samples than seeds begin again.
+    offs = seed % tl.minimum(total, SAMPLED)
+    keys, mask = _sampled_keys(
+        k_base, mk_base, k_strides, mk_strides, len_m, total, offs, mask_d, offs_d, SAMPLED,
+        HAS_MEMORY,
+    )  # fmt: skip
+    rows = tl.where(mask, keys.to(tl.float32) - middle[None, :], 0.0).to(k_base.dtype.element_ty)
+    sides = tl.dot(rows.to(tl.float32), random, input_precision="ieee")
+    return _gray_rank((sides > 0.0) & (offs_p < bits)[None, :], offs_p), rows
+
+
+@triton.jit
+def _hyper_seeds_kernel(
+    q_ptr, k_ptr, mk_ptr, random_ptr, seed_ptr, middle_ptr,
+    q_strides, k_strides, mk_strides, random_strides, num_heads, group, len_q, len_k, len_m, bits,
+    BUCKETS: tl.constexpr, SAMPLED: tl.constexpr, HAS_MEMORY: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """16 seeds of a head at their places `[.., BLOCK_D]`; the middles of queries and keys `[2, D]`.
+
+    Places are ranks of (hash, sample): counted, not sorted.
+    """
+    pid_bh, block = split(tl.program_id(0), tl.cdiv(BUCKETS, SEEDS))
+    pid_b, pid_h = split(pid_bh, num_heads)
+    pid_g = pid_h // group
+    offs_d, offs_p, offs_s = tl.arange(0, BLOCK_D), tl.arange(0, PLANES), tl.arange(0, SEEDS)
+    mask_d = offs_d < HEAD_DIM
+    total = len_m + len_k
+    k_base = head_of(k_ptr, pid_b, pid_g, k_strides)
+    mk_base = head_of(mk_ptr, pid_b, pid_g, mk_strides)
+    middle = _middle_of_keys(
+        k_base, mk_base, k_strides, mk_strides, len_m, total, offs_d, mask_d, SAMPLED, HAS_MEMORY,
+        ROWS,
+    )  # fmt: skip
+    if block == 0:
+        q_base = head_of(q_ptr, pid_b, pid_h, q_strides)
+        q_middle = _middle_of_queries(q_base, q_strides, len_q, offs_d, mask_d, SAMPLED, ROWS)
+        middle_ptrs = middle_ptr + offset(pid_bh, 2 * BLOCK_D) + offs_d
+        tl.store(middle_ptrs, q_middle)
+        tl.store(middle_ptrs + BLOCK_D, middle)
+
+    random_ptrs = random_ptr + offset(pid_g, random_strides[0])
+    random_ptrs += offset(offs_d, random_strides[1])[:, None]
+    random_ptrs += offset(offs_p, random_strides[2])[None, :]
+    mask_r = mask_d[:, None] & (offs_p < bits)[None, :]
+    random = tl.load(random_ptrs, mask=mask_r, other=0.0)
+    own = block * SEEDS + offs_s
+    own_hash, rows = _hash_seeds(
+        k_base, mk_base, k_strides, mk_strides, len_m, total, middle, random, own, mask_d, offs_d,
+        offs_p, bits, SAMPLED, HAS_MEMORY,
+    )  # fmt: skip
+    rank = tl.zeros([SEEDS], tl.int32)
+    for first in range(0, BUCKETS, SEEDS):
+        other = first + offs_s
+        found, _ = _hash_seeds(
+            k_base, mk_base, k_strides, mk_strides, len_m, total, middle, random, other, mask_d,
+            offs_d, offs_p, bits, SAMPLED, HAS_MEMORY,
+        )  # fmt: skip
+        is_tie = (found[None, :] == own_hash[:, None]) & (other[None, :] < own[:, None])
+        is_before = (found[None, :] < own_hash[:, None]) | is_tie
+        rank += tl.sum((is_before & (other < BUCKETS)[None, :]).to(tl.int32), 1)
+    seed_ptrs = seed_ptr + offset(pid_bh * BUCKETS + rank, BLOCK_D)[:, None] + offs_d[None, :]
+    tl.store(seed_ptrs, rows, mask=(own < BUCKETS)[:, None])
+
+
+@triton.jit
+def _nearest(
+    x, centre_ptrs, middle, offs_d, BUCKETS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """The centre `[ROWS]` nearest to each of x - middle; see `plan.nearest`."""
+    # More centres at a time spill.
+    COLUMNS: tl.constexpr = max(16, 4096 * 16 // BLOCK_D // x.dtype.primitive_bitwidth)
+    best = tl.full([ROWS], float("-inf"), tl.float32)
+    found = tl.zeros([ROWS], tl.int32)
+    for first in range(0, BUCKETS, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        mask = column < BUCKETS
+        places = column[None, :] * BLOCK_D + offs_d[:, None]
+        centres = tl.load(centre_ptrs + places, mask=mask[None, :], other=0.0)
+        wide = centres.to(tl.float32)
+        limit = tl.sum(wide * (middle[:, None] + 0.5 * wide), 0)
+        scores = tl.dot(x, centres, input_precision="ieee") - limit[None, :]
+        scores = tl.where(mask[None, :], scores, float("-inf"))
+        top = tl.max(scores, 1)
+        found = tl.where(top > best, first + tl.argmax(scores, 1), found)
+        best = tl.maximum(best, top)
+    return found
+
+
+@triton.jit
+def _hyper_centres_kernel(
+    k_ptr, mk_ptr, seed_ptr, middle_ptr, centre_ptr, k_strides, mk_strides, num_heads, group,
+    len_k, len_m,
+    BUCKETS: tl.constexpr, SAMPLED: tl.constexpr, HAS_MEMORY: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """16 centres of a head: means of the samples nearest to their seeds, less the middle."""
+    pid_bh, block = split(tl.program_id(0), tl.cdiv(BUCKETS, SEEDS))
+    pid_b, pid_h = split(pid_bh, num_heads)
+    pid_g = pid_h // group
+    offs_d, row = tl.arange(0, BLOCK_D), tl.arange(0, ROWS)
+    own = block * SEEDS + tl.arange(0, SEEDS)
+    mask_d = offs_d < HEAD_DIM
+    total = len_m + len_k
+    count = tl.minimum(total, SAMPLED)
+    k_base = head_of(k_ptr, pid_b, pid_g, k_strides)
+    mk_base = head_of(mk_ptr, pid_b, pid_g, mk_strides)
+    middle = tl.load(middle_ptr + offset(pid_bh, 2 * BLOCK_D) + BLOCK_D + offs_d)
+    seeds = seed_ptr + offset(pid_bh, BUCKETS * BLOCK_D)
+    sums = tl.zeros([SEEDS, BLOCK_D], tl.float32)
+    members = tl.zeros([SEEDS], tl.int32)
+    for first in range(0, count, ROWS):
+        keys, _ = _sampled_keys(
+            k_base, mk_base, k_strides, mk_strides, len_m, total, first + row, mask_d, offs_d,
+            SAMPLED, HAS_MEMORY,
+        )  # fmt: skip
+        found = _nearest(keys, seeds, middle, offs_d, BUCKETS, BLOCK_D, ROWS)
+        is_mine = (own[:, None] == found[None, :]) & (first + row < count)[None, :]
+        sums += tl.dot(is_mine.to(keys.dtype), keys, input_precision="ieee")
+        members += tl.sum(is_mine.to(tl.int32), 1)
+    places = own[:, None] * BLOCK_D + offs_d[None, :]
+    mask = (own < BUCKETS)[:, None]
+    seed = tl.load(seeds + places, mask=mask, other=0.0).to(tl.float32)
+    mean = sums / tl.maximum(members, 1)[:, None] - middle[None, :]
+    centres = tl.where((members > 0)[:, None] & mask_d[None, :], mean, seed)
+    out = centre_ptr + offset(pid_bh, BUCKETS * BLOCK_D) + places
+    tl.store(out, centres.to(centre_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -121,10 +308,13 @@ def _hyper_hash_kernel(
     q_ptr, k_ptr, mk_ptr, planes_ptr, threshold_ptr, q_code_ptr, k_code_ptr, q_count_ptr,
     k_count_ptr, q_strides, k_strides, mk_strides, num_heads, group, len_q, len_k, len_m,
     q_tiles, k_tiles, q_cut, k_cut, q_first_tiles, k_first_tiles, q_programs, bits,
-    BUCKETS: tl.constexpr, HAS_MEMORY: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr,
+    BUCKETS: tl.constexpr, CLUSTERED: tl.constexpr, HAS_MEMORY: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Buckets of a tile of one head's queries, or keys, and how many tokens each bucket has."""
+    """Buckets of a tile of one head's queries, or keys, and how many tokens each bucket has.
+
+    If CLUSTERED, planes are centres `[BUCKETS, BLOCK_D]`, and thresholds middles `[2, BLOCK_D]`.
+    """
     pid = tl.program_id(0)
     is_key = pid >= q_programs
     tiles = tl.where(is_key, k_tiles, q_tiles)
@@ -142,13 +332,16 @@ def _hyper_hash_kernel(
     )
     offs_d, offs_p, row = tl.arange(0, BLOCK_D), tl.arange(0, PLANES), tl.arange(0, ROWS)
     mask_d = offs_d < HEAD_DIM
-    place = offset(head, BLOCK_D * PLANES) + offs_d[:, None] * PLANES + offs_p[None, :]
-    mask_p = offs_p < bits
-    planes = tl.load(planes_ptr + place, mask=mask_p[None, :], other=0.0)
-    side = tl.where(is_key, PLANES, 0)
-    threshold = tl.load(
-        threshold_ptr + offset(head, 2 * PLANES) + side + offs_p, mask=mask_p, other=0.0
-    )
+    side = tl.where(is_key, 1, 0)
+    if CLUSTERED:
+        centres = planes_ptr + offset(head, BUCKETS * BLOCK_D)
+        middle = tl.load(threshold_ptr + offset(head * 2 + side, BLOCK_D) + offs_d)
+    else:
+        place = offset(head, BLOCK_D * PLANES) + offs_d[:, None] * PLANES + offs_p[None, :]
+        mask_p = offs_p < bits
+        planes = tl.load(planes_ptr + place, mask=mask_p[None, :], other=0.0)
+        threshold_ptrs = threshold_ptr + offset(head * 2 + side, PLANES) + offs_p
+        threshold = tl.load(threshold_ptrs, mask=mask_p, other=0.0)
     counts = tl.zeros([BUCKETS], tl.int32)
     q_base = head_of(q_ptr, pid_b, pid_h, q_strides)
     k_base = head_of(k_ptr, pid_b, pid_h, k_strides)
@@ -163,13 +356,11 @@ def _hyper_hash_kernel(
         )
         ptrs = tl.where(is_key, k_rows, q_rows)
         x = tl.load(ptrs, mask=mask[:, None] & mask_d[None, :], other=0.0)
-        sides = tl.dot(x, planes, input_precision="ieee")
-        signs = ((sides > threshold[None, :]) & mask_p[None, :]).to(tl.int32)
-        code = tl.sum(signs << offs_p[None, :], 1)
-        # Rank along the Gray code.
-        code = code ^ (code >> 1)
-        code = code ^ (code >> 2)
-        code = code ^ (code >> 4)
+        if CLUSTERED:
+            code = _nearest(x, centres, middle, offs_d, BUCKETS, BLOCK_D, ROWS)
+        else:
+            sides = tl.dot(x, planes, input_precision="ieee")
+            code = _gray_rank((sides > threshold[None, :]) & mask_p[None, :], offs_p)
         out = tl.where(is_key, k_code_ptr, q_code_ptr) + offset(pid_bh, length) + index
         tl.store(out, code.to(tl.uint8), mask=mask)
         counts += tl.histogram(code, BUCKETS, mask=mask)
@@ -306,15 +497,33 @@ def launch_choices(
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=query.device)
 
-    planes = empty(batch, heads, block_d, PLANES.value, dtype=query.dtype)
-    threshold = empty(batch, heads, 2, PLANES.value, dtype=torch.float32)
-    _hyper_planes_kernel[(batch * heads * bits,)](
-        query, key, mk, projections, planes, threshold,
-        query.stride(), key.stride(), mk.stride(), projections.stride(), heads, heads // groups,
-        len_q, len_k, len_m, bits,
-        SAMPLED=SAMPLED_TOKENS, ROWS=2048 // block_d, **common, num_warps=8,
-        maxnreg=MAX_REGISTERS,
-    )  # fmt: skip
+    is_clustered = spec.window == "cluster"
+    sizes = (buckets, block_d) if is_clustered else (block_d, PLANES.value)
+    planes = empty(batch, heads, *sizes, dtype=query.dtype)
+    threshold = empty(batch, heads, 2, sizes[1], dtype=torch.float32)
+    samples = {"SAMPLED": SAMPLED_TOKENS, "maxnreg": MAX_REGISTERS, **common}
+    inputs = (query, key, mk, projections)
+    scalars = (heads, heads // groups, len_q, len_k, len_m, bits)
+    if is_clustered:
+        seeds = torch.empty_like(planes)
+        programs = batch * heads * triton.cdiv(buckets, SEEDS.value)
+        _hyper_seeds_kernel[(programs,)](
+            *inputs, seeds, threshold, *[t.stride() for t in inputs], *scalars,
+            BUCKETS=buckets, ROWS=2048 // block_d, **samples, num_warps=4,
+        )  # fmt: skip
+        _hyper_centres_kernel[(programs,)](
+            key, mk, seeds, threshold, planes, key.stride(), mk.stride(), heads, heads // groups,
+            len_k, len_m,
+            BUCKETS=buckets, ROWS=cluster_rows(query.dtype, block_d), **samples,
+            num_warps=hash_warps(block_d),
+        )  # fmt: skip
+        rows = cluster_rows(query.dtype, block_d)
+    else:
+        _hyper_planes_kernel[(batch * heads * bits,)](
+            *inputs, planes, threshold, *[t.stride() for t in inputs], *scalars,
+            ROWS=2048 // block_d, **samples, num_warps=8,
+        )  # fmt: skip
+        rows = rows_at_a_time(query.dtype, block_d)
 
     # Two runs each: what comes before the causal square, and the square.
     square = min(len_q, len_k) if spec.is_causal else max(len_q, len_m + len_k)
@@ -330,7 +539,7 @@ def launch_choices(
         query, key, mk, planes, threshold, q_code, k_code, q_count, k_count,
         query.stride(), key.stride(), mk.stride(), heads, heads // groups, len_q, len_k, len_m,
         q_tiles, k_tiles, *cuts, *firsts, q_programs, bits,
-        BUCKETS=buckets, ROWS=rows_at_a_time(query.dtype, block_d), **common,
+        BUCKETS=buckets, CLUSTERED=is_clustered, ROWS=rows, **common,
         num_warps=hash_warps(block_d), maxnreg=MAX_REGISTERS,
     )  # fmt: skip
 
@@ -378,11 +587,16 @@ def rows_at_a_time(dtype: torch.dtype, block_d: int) -> int:
     return max(16, 2048 // block_d * 2 // dtype.itemsize)
 
 
+def cluster_rows(dtype: torch.dtype, block_d: int) -> int:
+    """Rows that look for their centre together: as many as fit, for each reads all centres."""
+    return max(16, 8192 // block_d // dtype.itemsize)
+
+
 def aot_cases() -> Iterator[AotCase]:
     """What the launcher compiles, with memory and 7 bits."""
     types = {
-        **dict.fromkeys(("q_ptr", "k_ptr", "mk_ptr", "planes_ptr")),
-        **dict.fromkeys(("random_ptr", "threshold_ptr"), "*fp32"),
+        **dict.fromkeys(("q_ptr", "k_ptr", "mk_ptr", "planes_ptr", "seed_ptr", "centre_ptr")),
+        **dict.fromkeys(("random_ptr", "threshold_ptr", "middle_ptr"), "*fp32"),
         **dict.fromkeys(("q_code_ptr", "k_code_ptr"), "*u8"),
     }
 
@@ -401,19 +615,25 @@ def aot_cases() -> Iterator[AotCase]:
 
     for dtype in ("bf16", "fp32"):
         for head_dim in (64, 256):
-            rows = rows_at_a_time(torch.bfloat16 if dtype == "bf16" else torch.float32, head_dim)
-            common = {"HAS_MEMORY": True, "HEAD_DIM": head_dim, "BLOCK_D": head_dim, "ROWS": rows}
+            of = torch.bfloat16 if dtype == "bf16" else torch.float32
+            has_dots = dtype == "bf16"
             name = f"{dtype}-d{head_dim}"
-            planes = {"SAMPLED": SAMPLED_TOKENS, **common, "ROWS": 2048 // head_dim}
-            yield case(f"planes-{name}", _hyper_planes_kernel, dtype, planes, 8)
-            hashed = case(
-                f"hash-{name}",
-                _hyper_hash_kernel,
-                dtype,
-                {"BUCKETS": 128, **common},
-                hash_warps(head_dim),
-            )
-            yield replace(hashed, has_dots=dtype == "bf16")
+            common = {"HAS_MEMORY": True, "HEAD_DIM": head_dim, "BLOCK_D": head_dim}
+            samples = {"SAMPLED": SAMPLED_TOKENS, **common, "ROWS": 2048 // head_dim}
+            yield case(f"planes-{name}", _hyper_planes_kernel, dtype, samples, 8)
+            seeds = {"BUCKETS": 128, **samples}
+            yield case(f"seeds-{name}", _hyper_seeds_kernel, dtype, seeds, 4)
+            samples = seeds | {"ROWS": cluster_rows(of, head_dim)}
+            warps = hash_warps(head_dim)
+            centres = case(f"centres-{name}", _hyper_centres_kernel, dtype, samples, warps)
+            yield replace(centres, has_dots=has_dots)
+            for kind, rows in (
+                ("hash", rows_at_a_time(of, head_dim)),
+                ("nearest", cluster_rows(of, head_dim)),
+            ):
+                sizes = {"BUCKETS": 128, "CLUSTERED": kind == "nearest", "ROWS": rows}
+                found = case(f"{kind}-{name}", _hyper_hash_kernel, dtype, sizes | common, warps)
+                yield replace(found, has_dots=has_dots)
     yield case("scan", _hyper_scan_kernel, "", {"BUCKETS": 128, "ROWS": 32}, 4)
     yield case(
         "order", _hyper_order_kernel, "", {"BUCKETS": 128, "BLOCK": QUERY_BLOCK, "PART": 32}, 8

@@ -7,12 +7,15 @@ queries meets the segment of keys before it. Memory, and keys before the first q
 their own. A level with no more keys than the budget (window + residual) is exact.
 
 In every other level a *plan* holds an order of queries and one of keys, a window of keys for each
-block of 128 ordered queries, and the places of the residual keys. Angular hashing makes the orders:
-the signs of a token's projections are a bucket, and buckets are sorted along a Gray code, so that
-neighbours differ in one sign. Two things differ from the paper. Tokens are centred before they are
-hashed, and the hyperplanes are C P, random ones P times the covariance C of up to 1024 of the keys:
-they cut where keys vary. And a window is centred where the block's middle query falls in its bucket
-among the *keys of that bucket*, not at its rank among all keys: equal buckets meet.
+block of 128 ordered queries, and the places of the residual keys. Buckets make the orders. With the
+window "lsh" the signs of a token's projections are its bucket, and buckets are sorted along a Gray
+code, so that neighbours differ in one sign. Two things differ from the paper. Tokens are centred
+before they are hashed, and the hyperplanes are C P, random ones P times the covariance C of up to
+1024 of the keys: they cut where keys vary. And a window is centred where the block's middle query
+falls in its bucket among the *keys of that bucket*, not at its rank among all keys: equal buckets
+meet. With the window "cluster" a token's bucket is the nearest of 2**bits centres: some of the
+keys, sorted along a Gray code of their projections, then moved by one step of Lloyd's algorithm on
+up to 1024 keys (as routing by k-means, Roy et al. 2021, arXiv 2003.05997, with no state to train).
 
 Window starts never fall along a segment, so the query blocks that see a key are a range.
 Everything is deterministic: random choices come from `seed`, and are the same for all heads.
@@ -35,8 +38,10 @@ if TYPE_CHECKING:
 QUERY_BLOCK = 128
 # Tokens that are hashed and counted together; segments of the causal levels are multiples of it.
 TILE = 256
-# Evenly spaced tokens that stand for all where the centre and the covariance are taken.
+# Tokens that stand for all where centres and covariance are taken.
 SAMPLED_TOKENS = 1024
+# 2**31 over the golden ratio; see `sampled`.
+GOLDEN = 1327217885
 MAX_PROJECTIONS = 8
 
 
@@ -285,10 +290,13 @@ def aligned_starts(
     return torch.cat(starts).to(device=device, dtype=torch.int32)
 
 
-def spread(length: int) -> torch.Tensor:
-    """Up to 1024 evenly spaced places in a sequence."""
-    count = min(length, SAMPLED_TOKENS)
-    return torch.arange(count) * length // max(count, 1)
+def sampled(count: int, length: int) -> torch.Tensor:
+    """Places of `count` tokens that stand for a sequence.
+
+    Multiples of the golden ratio: the first of them are spread as evenly as all, and a sequence
+    that repeats itself, as the rows of an image do, is met in all phases.
+    """
+    return (torch.arange(count) * GOLDEN % 2**31) * length >> 31
 
 
 def gather(
@@ -314,32 +322,70 @@ def gray_rank(signs: torch.Tensor) -> torch.Tensor:
     return code
 
 
-def hyperplanes(
+def buckets(
+    spec: Spec,
     query: torch.Tensor,
     key: torch.Tensor,
     memory_key: torch.Tensor | None,
     random: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(planes `[D, bits]` of unit length in the dtype of key, centres `[2, D]` fp32) of one head.
+    """Buckets of queries `[L]` and of keys `[M + Lk]` of one head, from 0 on.
 
-    query and key are `[L, D]`. Centres are those of queries and of keys.
+    query, key, memory_key: `[L, D]`. random: hyperplanes `[D, bits]`, fp32.
     """
-    num_memory = 0 if memory_key is None else memory_key.shape[0]
-    sampled = spread(num_memory + key.shape[0])
-    rows = gather(memory_key, key, sampled, key.new_empty(len(sampled), key.shape[1])).float()
-    centres = torch.stack([query[spread(query.shape[0])].float().mean(0), rows.mean(0)])
-    rows = rows - centres[1]
+    find, hash_of = (centres, nearest) if spec.window == "cluster" else (hyperplanes, hash_codes)
+    rows = sampled_keys(key, memory_key, SAMPLED_TOKENS)
+    places = sampled(min(query.shape[0], SAMPLED_TOKENS), query.shape[0])
+    middles = query[places].float().mean(0), rows.mean(0)
+    found = find(rows - middles[1], random, key.dtype)
+    keys = hash_of(key, found, middles[1])
+    if memory_key is not None:
+        keys = torch.cat([hash_of(memory_key, found, middles[1]), keys])
+    return hash_of(query, found, middles[0]), keys
+
+
+def sampled_keys(key: torch.Tensor, memory_key: torch.Tensor | None, count: int) -> torch.Tensor:
+    """Up to `count` keys `[n, D]`, fp32."""
+    length = key.shape[0] + (0 if memory_key is None else memory_key.shape[0])
+    places = sampled(min(count, length), length)
+    return gather(memory_key, key, places, key.new_empty(len(places), key.shape[1])).float()
+
+
+def hyperplanes(rows: torch.Tensor, random: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Planes `[D, bits]` of unit length, across what varies in centred rows `[n, D]`."""
     planes = rows.mT @ (rows @ random)
     # A constant sequence has no covariance; any plane does.
     length = planes.norm(dim=0)
     planes = torch.where(length > 0, planes / length, random / random.norm(dim=0))
-    return planes.to(key.dtype), centres
+    return planes.to(dtype)
 
 
-def hash_codes(tokens: torch.Tensor, planes: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
-    """Buckets `[L]` of tokens `[L, D]`: which side of each plane through the centre, in fp32."""
+def hash_codes(tokens: torch.Tensor, planes: torch.Tensor, middle: torch.Tensor) -> torch.Tensor:
+    """Buckets `[L]` of tokens `[L, D]`: which side of each plane through the middle, in fp32."""
     planes = planes.float()
-    return gray_rank(tokens.float() @ planes > centre @ planes)
+    return gray_rank(tokens.float() @ planes > middle @ planes)
+
+
+def centres(rows: torch.Tensor, random: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Centres `[2**bits, D]` of clusters of centred rows `[n, D]`."""
+    count = 2 ** random.shape[1]
+    # Less than `count` rows begin again.
+    seeds = rows[torch.arange(count) % len(rows)].to(dtype).float()
+    seeds = seeds[gray_rank(seeds @ random > 0).argsort(stable=True)]
+    own = nearest(rows, seeds, torch.zeros_like(seeds[0]))
+    members = torch.bincount(own, minlength=count)[:, None]
+    sums = torch.zeros_like(seeds).index_add_(0, own, rows)
+    return torch.where(members > 0, sums / members.clamp(min=1), seeds).to(dtype)
+
+
+def nearest(tokens: torch.Tensor, centres: torch.Tensor, middle: torch.Tensor) -> torch.Tensor:
+    """Buckets `[L]` of tokens `[L, D]`: the centre nearest to token - middle, in fp32."""
+    centres = centres.float()
+    # |t - m - c|**2 without what all centres share.
+    limit = (centres * (middle + centres / 2)).sum(1)
+    # A part's scores stay in a cache.
+    parts = (part.float() @ centres.mT - limit for part in torch.split(tokens, 4096))
+    return torch.cat([scores.argmax(1) for scores in parts])
 
 
 def eager_choices(
@@ -364,11 +410,7 @@ def eager_choices(
     for b, h in product(range(query.shape[0]), range(query.shape[1])):
         g = h // group
         memory = None if memory_key is None else memory_key[b, g]
-        planes, centres = hyperplanes(query[b, h], key[b, g], memory, projections[g])
-        q_codes = hash_codes(query[b, h], planes, centres[0])
-        k_codes = hash_codes(key[b, g], planes, centres[1])
-        if memory is not None:
-            k_codes = torch.cat([hash_codes(memory, planes, centres[1]), k_codes])
+        q_codes, k_codes = buckets(spec, query[b, h], key[b, g], memory, projections[g])
         for level in hyper:
             for s in range(level.segments):
                 rows, columns = level.queries(s), level.keys(s)
@@ -414,10 +456,10 @@ def with_residual_keys(choices: Choices, in_order: torch.Tensor) -> Choices:
 
 
 def _bucket_starts(
-    level: Level, q_codes: torch.Tensor, k_codes: torch.Tensor, buckets: int
+    level: Level, q_codes: torch.Tensor, k_codes: torch.Tensor, count: int
 ) -> torch.Tensor:
     """`[num_blocks]` windows of a segment around the keys of the middle query's bucket."""
-    q_count, k_count = (torch.bincount(c, minlength=buckets) for c in (q_codes, k_codes))
+    q_count, k_count = (torch.bincount(c, minlength=count) for c in (q_codes, k_codes))
     q_end, k_begin = q_count.cumsum(0), k_count.cumsum(0) - k_count
     middle = torch.arange(level.num_blocks) * QUERY_BLOCK + QUERY_BLOCK // 2
     middle = middle.clamp(max=q_codes.shape[0] - 1)
