@@ -12,8 +12,8 @@ NAN = float("nan")
 
 
 def head(output_stride=1, **options):
-    return XView3Head(Trunk(16, 16, 8, (4, 8), (2, 4)), output_stride=output_stride,
-                      decoder_channels=[8] * (3 - int(math.log2(output_stride))), **options)  # fmt: skip
+    trunk, blocks = Trunk(16, 16, 8, (4, 8), (2, 4)), 3 - int(math.log2(output_stride))
+    return XView3Head(trunk, output_stride=output_stride, decoder_channels=[8] * blocks, **options)
 
 
 def points(*rows):

@@ -78,25 +78,26 @@ class MapHead(GroupHead):
         """
         name, shape = type(self).__name__, list(output.shape)
         output = output.float()
+        mean: torch.Tensor
         if self.is_exclusive:
             check_same_shape(name, target, "[B, h, w]", [shape[0], *shape[2:]])
             check_labels(name, target, self.classes, self.ignore_index)
-            target = target.long()
             kept = (target != self.ignore_index).sum().clamp(min=1)
-            total: torch.Tensor = F.cross_entropy(
-                output, target, ignore_index=self.ignore_index, reduction="sum"
+            total = F.cross_entropy(
+                output, target.long(), ignore_index=self.ignore_index, reduction="sum"
             )
-            return total / kept
+            mean = total / kept
+            return mean
         check_same_shape(name, target, "[B, K, h, w]", shape)
         check_shares(name, target)
         target = target.to(output.dtype)
         if self.kind_of_loss == "focal":
             from torchvision.ops import sigmoid_focal_loss
 
-            loss: torch.Tensor = sigmoid_focal_loss(output, target, reduction="mean")
-            return loss
-        weight = None if self.pos_weight is None else output.new_tensor(self.pos_weight)
-        mean: torch.Tensor = F.binary_cross_entropy_with_logits(output, target, pos_weight=weight)
+            mean = sigmoid_focal_loss(output, target, reduction="mean")
+        else:
+            weight = None if self.pos_weight is None else output.new_tensor(self.pos_weight)
+            mean = F.binary_cross_entropy_with_logits(output, target, pos_weight=weight)
         return mean
 
 

@@ -82,7 +82,7 @@ def coco_map(
 
 
 def _xywh(boxes: Any) -> list[list[float]]:
-    corners = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    corners = np.asarray(boxes).astype(np.float64).reshape(-1, 4)
     corners[:, 2:] -= corners[:, :2]
     rows: list[list[float]] = corners.tolist()
     return rows
