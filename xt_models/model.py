@@ -290,21 +290,29 @@ class XT(nn.Module, PyTorchModelHubMixin):
         """Numbers of the region encoder's earlier stages that heads use."""
         return tuple(sorted({i for head in self.group_heads.values() for i in head.stages}))
 
-    def encode(self, regions: torch.Tensor, region_encoder: RegionEncoder | None = None) -> Encoded:
+    def encode(
+        self,
+        regions: torch.Tensor,
+        region_encoder: RegionEncoder | None = None,
+        *,
+        stages: bool = True,
+    ) -> Encoded:
         """regions `[R, C, s, s]`, normalised.
 
-        region_encoder: a copy to use instead of the model's, in another dtype perhaps.
+        region_encoder: a copy to use instead of the model's, in another dtype perhaps. stages: give
+            the earlier stages that heads use.
         """
         encoder = self.region_encoder if region_encoder is None else region_encoder
-        if self.stages:
+        maps: dict[int, torch.Tensor] = {}
+        if stages and self.stages:
             *earlier, raw = encoder.forward_stages(regions)
-            stages = {i: earlier[i] for i in self.stages}
+            maps = {i: earlier[i] for i in self.stages}
         else:
-            raw, stages = encoder(regions), {}
+            raw = encoder(regions)
         if region_encoder is not None:
             dtype = next(self.parameters()).dtype
-            raw, stages = raw.to(dtype), {i: m.to(dtype) for i, m in stages.items()}
-        return Encoded(self.input_proj(raw), raw if self.output_proj is not None else None, stages)
+            raw, maps = raw.to(dtype), {i: m.to(dtype) for i, m in maps.items()}
+        return Encoded(self.input_proj(raw), raw if self.output_proj is not None else None, maps)
 
     def _encode_all(self, regions: torch.Tensor) -> Encoded:
         """`encode`, as `recompute` says."""
