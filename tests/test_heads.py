@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -248,8 +249,10 @@ def dense_loss(target, **options):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: small({"a b": DENSE}), "names of heads must be identifiers, got 'a b'"),
-        (lambda: small({"keys": DENSE}), "names of heads must be identifiers, got 'keys'"),
+        (lambda: small({"a b": DENSE}), "names of heads must be identifiers other .* got 'a b'"),
+        (lambda: small({"keys": DENSE}), "names of heads must be identifiers other .* got 'keys'"),
+        (lambda: small({"run": DENSE}), "other than embedding, journal, preview, run, tokens"),
+        (lambda: small(["dense"]), r"heads must be a dict, name -> options, got \['dense'\]"),
         (lambda: small({"a": {"kind": "unet"}}), "must have a kind of classification, dense"),
         (lambda: small({"a": "dense"}), r"heads\['a'\] must have a kind of .* got 'dense'"),
         (lambda: small({"a": {"kind": "dense"}}), "lacks option classes; it takes classes, loss"),
@@ -338,3 +341,13 @@ def test_the_example_of_the_page_runs():
         values["model"].heads["boxes"].pyramid.get_submodule("layer_blocks.0.0").weight.grad
         is not None
     )
+
+
+@pytest.mark.parametrize(
+    "kind, library, extra",
+    [("segmentation", "segmentation_models_pytorch.base", "seg"), ("detr", "transformers", "det")],
+)
+def test_a_missing_library_is_named_with_its_extra(kind, library, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ImportError, match=rf"pip install 'xt-kernels\[{extra}\]'"):
+        small({"a": {"kind": kind, "classes": 2}})

@@ -80,6 +80,7 @@ class XTConfig:
         check("tiling", self.tiling in TILINGS, f"one of {', '.join(TILINGS)}")
         check("pool", self.pool in ("mean", "token"), "'mean' or 'token'")
         check("chunk_regions", (self.chunk_regions or 1) >= 1, "at least 1, or None")
+        check("heads", isinstance(self.heads, dict), "a dict, name -> options")
         check("dim", self.dim >= 4 and self.dim % 4 == 0, "a positive multiple of 4")
         check(
             "pool",

@@ -645,8 +645,9 @@ class _Streamed:
                         pieces = self._outputs.take(
                             chunk.regions, chunk.tokens, chunk.stages, list(chunk.left_out)
                         )
-                with self._spans("idle"):
-                    writer.submit(self._write, chunk._replace(stages={}), pieces)
+                if self._map is not None or pieces:
+                    with self._spans("idle"):
+                        writer.submit(self._write, chunk._replace(stages={}), pieces)
                 total = state["total"]
                 state["total"] = chunk.summary if total is None else total + chunk.summary
                 state["step"], state["memory"] = chunk.step, chunk.memory
