@@ -166,9 +166,10 @@ class XT(nn.Module, PyTorchModelHubMixin):
     region_encoder: a ready encoder to use instead of building `config.encoder` with random weights.
 
     Attributes: head, the classification head or None; heads, the others by name, each with
-    `loss(output, target)` and `predict(output)`; recompute, regions that `forward` encodes at once
-    while gradients are recorded, to be encoded again in the backward pass, None for all at once and
-    nothing again.
+    `loss(output, target)` and `predict(output)`; recompute, regions that go through the region
+    encoder and through heads on maps at once while gradients are recorded, and once more in the
+    backward pass, None for all at once and nothing again. Batch norm in a decoder then takes its
+    statistics over that many.
     """
 
     def __init__(
@@ -407,8 +408,9 @@ class XT(nn.Module, PyTorchModelHubMixin):
         embedding = self.embed(summary, tokens.shape[1])
         logits = None if self.head is None else self.head(embedding)
         token_map = tokens.view(batch, *grid.token_shape(self.stride), -1)
+        recompute = self.recompute if torch.is_grad_enabled() else None
         outputs = {
-            name: run_head(head, token_map, stages, grid, self.stride)
+            name: run_head(head, token_map, stages, grid, self.stride, recompute)
             if isinstance(head, GroupHead)
             else head(embedding)
             for name, head in self.heads.items()
