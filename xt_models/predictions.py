@@ -293,10 +293,10 @@ def _optimise(path: Path, metadata: dict[str, Any], attributes: dict[str, Any]) 
         if "crs" in metadata and "transform" in attributes:
             with rasterio.open(plain, "r+") as data:
                 data.crs = rasterio.crs.CRS.from_string(metadata["crs"])
-        average = np.isnan(np.nan if attributes["nodata"] is None else 0.0)
+        overviews = "AVERAGE" if attributes["nodata"] is None else "MODE"  # scores, classes
         copy(
             plain, path, driver="COG", BLOCKSIZE=TILE, COMPRESS="DEFLATE", BIGTIFF="YES",
-            OVERVIEW_RESAMPLING="AVERAGE" if average else "MODE", NUM_THREADS=1,
+            OVERVIEW_RESAMPLING=overviews, NUM_THREADS=1,
         )  # fmt: skip
     plain.unlink()
 

@@ -201,6 +201,13 @@ def _cat(raw: list[Any]) -> Any:
     return {name: _cat([part[name] for part in raw]) for name in raw[0]}
 
 
+def one_group(raw: Any, index: int) -> Any:
+    """The raw output of one group of several, its first axis kept."""
+    if isinstance(raw, torch.Tensor):
+        return raw[index : index + 1]
+    return {name: one_group(value, index) for name, value in raw.items()}
+
+
 def join_regions(parts: torch.Tensor) -> torch.Tensor:
     """Maps `[B, rows, cols, h, w, C]` of regions as one, `[B, rows * h, cols * w, C]`."""
     return parts.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
