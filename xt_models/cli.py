@@ -542,9 +542,112 @@ def _field_images(source: ImageSource | None, options: dict[str, Any]) -> Iterat
         yield torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
 
 
-@main.group("train")
+class _Trainings(click.Group):
+    """What is no name of a command is a CONFIG."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args[0] not in self.commands:
+            args = ["run", *args]
+        return super().resolve_command(ctx, args)
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return ["CONFIG|COMMAND", "[OPTIONS]"]
+
+
+def _show_recipes(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if not value:
+        return
+    from .train.config import describe, shipped
+
+    _table([(name, describe(path)) for name, path in shipped().items()])
+    ctx.exit()
+
+
+@main.group("train", cls=_Trainings)
+@click.option("--list", is_flag=True, callback=_show_recipes, expose_value=False, is_eager=True,
+              help="Shows the recipes in the package: names that CONFIG may be.")  # fmt: skip
 def train_() -> None:
-    """Trains small examples that end in a table."""
+    """Trains what a recipe says: CONFIG is a TOML file or a name of `xt train --list`.
+
+    `xt train CONFIG --help` has its options. The commands below are small examples that end in a
+    table.
+    """
+
+
+def _changes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> Any:
+    """Values by dotted key; what is no TOML value is a string."""
+    import tomllib
+
+    out: dict[str, Any] = {}
+    for each in values:
+        key, equal, text = each.partition("=")
+        if not equal or "." not in key:
+            raise click.BadParameter(f"expected TABLE.KEY=VALUE, got {each!r}.")
+        try:
+            out[key.strip()] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            out[key.strip()] = text.strip()
+    return out
+
+
+@train_.command("run", hidden=True)
+@click.argument("config", metavar="CONFIG")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+@click.option("--data", "root", type=click.Path(path_type=Path),
+              help="Folder of the data; replaces data.root.")  # fmt: skip
+@click.option("--set", "changes", multiple=True, callback=_changes, metavar="TABLE.KEY=VALUE",
+              help="Replaces a value of CONFIG: --set train.epochs=3")  # fmt: skip
+@click.option("--device", type=click.Choice(["auto", "cpu"]), default="auto", show_default=True,
+              help="auto takes the GPU that accelerate finds.")  # fmt: skip
+def train_run(
+    config: str, out: Path, root: Path | None, changes: dict[str, Any], device: str
+) -> None:
+    """Trains what CONFIG says, a TOML file or a name of `xt train --list`.
+
+    Stopped in whatever way, the same command goes on where it was, with the same losses. Several
+    processes: `accelerate launch -m xt_models.cli train CONFIG -o OUT`.
+    """
+    from tqdm import tqdm
+
+    from .journal import part_of
+    from .train.config import load
+    from .train.fit import fit
+
+    part_of(out)
+    if root is not None:
+        changes["data.root"] = str(root.absolute())
+    recipe = load(config, changes)
+    with (
+        _resumable(out),
+        tqdm(unit=" steps", desc=Path(config).stem, file=sys.stderr, disable=_is_worker()) as bar,
+    ):
+
+        def begin(step: int, steps: int) -> None:
+            bar.reset(steps)
+            bar.update(step)
+
+        def stepped(step: int, loss: float) -> None:
+            bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+            bar.update()
+
+        def tell(found: dict[str, float]) -> None:
+            bar.write(_numbers_line(found), file=sys.stderr)
+
+        last = fit(recipe, out, device=device, on_start=begin, on_step=stepped, on_validation=tell)
+    if not _is_worker():
+        if last:
+            click.echo(_numbers_line(last))
+        click.echo(f"wrote {out}/: model, " + "best, " * bool(last) + "log.csv, run.json")
+
+
+def _is_worker() -> bool:
+    """Whether another process of the same run speaks to the user."""
+    return os.environ.get("RANK", "0") != "0"
+
+
+def _numbers_line(found: dict[str, float]) -> str:
+    rest = (f"{name} {value:.4g}" for name, value in found.items() if name not in ("step", "epoch"))
+    return f"step {found['step']}, epoch {found['epoch']:.4g}: " + ", ".join(rest)
 
 
 @train_.command("cue-digits")
@@ -794,3 +897,7 @@ def _seconds(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+if __name__ == "__main__":
+    main(prog_name="xt")

@@ -286,6 +286,13 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         return None
 
 
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Writes `run.json` over all files of a folder, which `verify` then knows."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {str(path.relative_to(folder)): _synced_facts(path) for path in paths}
+    write_synced(folder / RECORD, _record_bytes(record | {"files": files}))
+
+
 def identity_of(model: XT, source: ImageSource, settings: dict[str, Any]) -> dict[str, Any]:
     """What the bytes of a run depend on: image, weights, settings, machine.
 
