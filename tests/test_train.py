@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tifffile
 import torch
 from click.testing import CliRunner
 from PIL import Image
@@ -21,7 +20,8 @@ import xt_models as xm
 from xt_models.cli import main
 from xt_models.journal import verify
 from xt_models.train import config, fit
-from xt_models.train.tasks import Classification, as_float, seeded
+from xt_models.train.tasks import make_task, seeded
+from xt_models.train.tasks.classification import as_float
 
 pytestmark = pytest.mark.filterwarnings("ignore::xt_models.registry.RandomWeightsWarning")
 RECIPE = {
@@ -97,7 +97,7 @@ def test_a_run_leaves_a_model_logs_and_a_record(trained, root):
     assert float(validations[-1]["loss"]) == last["loss"]
     # The saved model gives the accuracy that the run reports.
     model = xm.XT.from_pretrained(out / "model").eval()
-    task = Classification(recipe_of(root))
+    task = make_task(recipe_of(root))
     items = [task.item("val", i, None) for i in range(10)]
     with torch.no_grad():
         best = model(torch.stack([image for image, _ in items])).logits.argmax(1)
@@ -206,9 +206,7 @@ def test_two_processes_train_the_same_model(trained, root, tmp_path):
     for process in ranks:
         _, said = process.communicate(timeout=300)
         assert process.returncode == 0, said
-    fit.fit(
-        recipe_of(root, augment_mixup=0.0, augment_cutmix=0.0), tmp_path / "one", device="cpu"
-    )
+    fit.fit(recipe_of(root, augment_mixup=0.0, augment_cutmix=0.0), tmp_path / "one", device="cpu")
     assert json.loads((tmp_path / "two" / "run.json").read_text())["run"]["processes"] == 2
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
     ours, theirs = (
@@ -216,3 +214,149 @@ def test_two_processes_train_the_same_model(trained, root, tmp_path):
     )
     for a, b in zip(ours, theirs, strict=True):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step(root, tmp_path):
+    """The weights that led there are gone, those of the checkpoint before it are not."""
+    seen = []
+    recipe = recipe_of(root, train_lr=1e30, train_clip=0.0, train_checkpoint_every=1)
+    with pytest.raises(
+        fit.NotFiniteError, match=r"Step (\d+): the (loss|gradient) must be finite, got (nan|inf); "
+    ) as caught:
+        fit.fit(recipe, tmp_path / "out", device="cpu", on_step=lambda *step: seen.append(step))
+    last = seen[-1][0]
+    assert f"Step {last + 1}:" in str(caught.value)
+    assert f"checkpoint.pt is that of step {last}." in str(caught.value)
+    assert all(math.isfinite(loss) for _, loss in seen)
+    state = torch.load(tmp_path / "out.part" / "checkpoint.pt", weights_only=True)
+    assert state["step"] == last
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[data]\nsise = 3", r"data: unknown key 'sise'\. Near it: size\."),
+        ("[trian]\nlr = 1", r"unknown key 'trian'\. Near it: train\."),
+        ("[model]\nregions = 4", r"model: unknown key 'regions'\. Near it: region\."),
+        ("[train]\nlr = 'fast'", r"train\.lr must be float, got 'fast'\."),
+        ("[train]\nbatch_size = 4.5", r"train\.batch_size must be int, got 4\.5\."),
+        ("[train]\nbatch_size = 5\naccumulate = 2", r"a multiple of train\.accumulate = 2, got 5"),
+        ("[train]\nprecision = 'half'", r"train\.precision must be one of float32, bfloat16"),
+        ("[augment]\nscale = [0.5, 2]", r"augment\.scale must be two numbers"),
+        ("[data]\nform = 'folders'", r"data\.form must be one of folder, "),
+        ("[model]\ncontext = 'lstm'", r"model\.context must be one of xl, hyper, mamba, vit, none"),
+        ("[model]\nweights = 'x'\nregion = 3", r"model must be weights alone"),
+        ("[model]\ngradient = 3", r"model\.gradient must be str, got 3"),
+        ("epochs = ", r"expected TOML, found: "),
+        ("epochs = 3", r"unknown key 'epochs'"),
+    ],
+)
+def test_a_recipe_is_refused_by_the_key(text, message, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        config.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_values_are_replaced_by_dotted_key(tmp_path):
+    (tmp_path / "mine.toml").write_text("[data]\nroot = 'here'\n[train]\nlr = 1\n")
+    recipe = config.load(tmp_path / "mine.toml", {"train.epochs": 3, "model.chunk_regions": 0})
+    assert recipe.train.epochs == 3.0 and recipe.train.lr == 1.0
+    assert recipe.data.root == str(tmp_path / "here")
+    assert recipe.model.fields == {"chunk_regions": None}
+    with pytest.raises(ValueError, match=r"must be TABLE\.KEY, got 'epochs'"):
+        config.load(tmp_path / "mine.toml", {"epochs": 3})
+    with pytest.raises(FileNotFoundError, match="CONFIG must be a TOML file or one of"):
+        config.load("no-such-recipe")
+
+
+def test_norms_biases_tokens_and_tables_do_not_decay():
+    model = xm.create_model(
+        "swinv2_tiny_window8_256", context="hyper", dim=32, num_heads=1, num_classes=3, depth=1
+    )
+    names = {id(p): name for name, p in model.named_parameters()}
+    free, decayed = ({names[id(p)] for p in group["params"]}
+                     for group in fit.weight_decay_groups(model, 0.1))  # fmt: skip
+    assert free | decayed == set(names.values()) and not free & decayed
+    assert "class_token" in free and "context.layers.0.norm1.weight" in free
+    assert all(name.endswith(".weight") and model.get_parameter(name).dim() >= 2
+               for name in decayed)  # fmt: skip
+    assert not any("norm" in name or "cpb_mlp" in name or "logit_scale" in name for name in decayed)
+    assert {"context.layers.0.mlp.up.weight", "input_proj.weight", "head.1.weight"} <= decayed
+
+
+def test_the_rate_is_a_cosine_after_a_linear_start():
+    train = config.Train(lr=2.0, min_lr=0.1, warmup_epochs=1, epochs=5)
+    rates = [fit.learning_rate(train, step, 50, 10) for step in range(50)]
+    assert rates[:11] == pytest.approx([2 * (i + 1) / 11 for i in range(11)])
+    expected = [0.2 + 0.9 * (1 + math.cos(math.pi * i / 39)) for i in range(40)]
+    assert rates[10:] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
+@pytest.mark.parametrize("mean", [None, (0.1, 0.2, 0.3)])
+@pytest.mark.parametrize("std", [None, (0.5, 0.6, 0.7)])
+def test_images_to_be_mixed_are_what_the_model_sees(dtype, mean, std):
+    model = xm.create_model(
+        "test_convnext", region=32, dim=16, num_heads=1, depth=1, mean=mean, std=std
+    )
+    top = 256 if dtype == torch.uint8 else 65536
+    images = torch.randint(0, top, (2, 3, 32, 32)).to(dtype)
+    grid = model.grid(32, 32)
+    seen, mixed = model.extract(images, grid), model.extract(as_float(model, images), grid)
+    torch.testing.assert_close(mixed, seen, rtol=1e-5, atol=1e-5)
+
+
+def test_seeds_leave_the_generators_alone():
+    draw = np.random.rand
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    after = torch.rand(2), draw(2)
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    with seeded(3, 4):
+        one = torch.rand(2), draw(2)
+    with seeded(3, 4):
+        two = torch.rand(2), draw(2)
+    with seeded(3, 5):
+        other = torch.rand(2), draw(2)
+    for i in range(2):
+        assert (one[i] == two[i]).all() and (one[i] != other[i]).all()
+    assert torch.equal(torch.rand(2), after[0]) and (draw(2) == after[1]).all()
+
+
+def xt(*words):
+    return CliRunner().invoke(main, ["train", *map(str, words)])
+
+
+def test_the_command(root, tmp_path):
+    lines = ['[model]\nname = "test_convnext"\nregion = 32\ndim = 16\nnum_heads = 1\ndepth = 1',
+             "[data]\nsize = 32", "[train]\nepochs = 9\nbatch_size = 6\nworkers = 0"]  # fmt: skip
+    (tmp_path / "mine.toml").write_text("\n".join(lines))
+    command = [tmp_path / "mine.toml", "-o", tmp_path / "out", "--data", root, "--device", "cpu",
+               "--set", "train.epochs=1"]  # fmt: skip
+    result = xt(*command)
+    assert result.exit_code == 0, result.output
+    assert "step 3, epoch 1: loss" in result.output and "top1" in result.output
+    assert "out/: model, best, log.csv, run.json" in result.output
+    assert len(losses(tmp_path / "out")) == 3
+    again = xt(*command)
+    assert again.exit_code == 1 and "out exists already" in again.output
+    wrong = xt(tmp_path / "mine.toml", "-o", tmp_path / "two", "--set", "train.lrr=1")
+    assert wrong.exit_code == 1 and wrong.output.count("\n") == 1
+    assert "train: unknown key 'lrr'. Near it: lr." in wrong.output
+    none = xt(tmp_path / "mine.toml", "-o", tmp_path / "two", "--data", tmp_path)
+    assert none.exit_code == 1 and "data.train must be a folder" in none.output
+    assert not (tmp_path / "two.part").exists()
+
+
+def test_every_shipped_recipe_loads_and_is_listed():
+    result = xt("--list")
+    assert result.exit_code == 0, result.output
+    names = config.shipped()
+    assert names and all(name in result.output for name in names)
+    for name in names:
+        recipe = config.load(name)
+        assert recipe.train.epochs > 0

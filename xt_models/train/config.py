@@ -1,6 +1,7 @@
 """A training recipe: a TOML file, checked key by key before any work.
 
     [model]    name, context, pretrained, weights, and any field of `XTConfig`
+    [head]     kind and options, as in `XTConfig.heads`; classification needs none
     [data]     form and what that form takes (`data.FORMS`)
     [augment]  `Augment`
     [train]    `Train`
@@ -143,6 +144,7 @@ class Recipe:
     """A whole training: what to train, on what, how."""
 
     model: Model
+    head: Mapping[str, Any]
     data: Data
     augment: Augment
     train: Train
@@ -196,8 +198,11 @@ def load(name: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
 
 
 def from_dict(tables: dict[str, Any], where: str | Path = "recipe", base: Path = Path()) -> Recipe:
-    """The recipe of these tables; `base` is where a relative `data.root` starts. Raises as `load`."""
-    _known(tables, ("model", "data", "augment", "train"), f"{where}")
+    """The recipe of these tables; `base` is where a relative `data.root` starts.
+
+    Raises as `load`.
+    """
+    _known(tables, ("model", "head", "data", "augment", "train"), f"{where}")
     for name, table in tables.items():
         _rule(f"{where}: {name}", isinstance(table, dict), "a table", table)
     data = dict(tables.get("data", {}))
@@ -206,6 +211,7 @@ def from_dict(tables: dict[str, Any], where: str | Path = "recipe", base: Path =
     data["root"] = str(base / data.get("root", "."))
     return Recipe(
         _model(tables.get("model", {}), where),
+        tables.get("head", {}),
         _build(FORMS[form], data, f"{where}: data"),
         _build(Augment, tables.get("augment", {}), f"{where}: augment"),
         _build(Train, tables.get("train", {}), f"{where}: train"),
@@ -214,7 +220,7 @@ def from_dict(tables: dict[str, Any], where: str | Path = "recipe", base: Path =
 
 def _model(table: dict[str, Any], where: str | Path) -> Model:
     own = [f.name for f in fields(Model) if f.name != "fields"]
-    reserved = ("encoder", "num_classes", "context")
+    reserved = ("encoder", "num_classes", "context", "heads")
     others = [f.name for f in fields(XTConfig) if f.name not in reserved]
     _known(table, [*own, *others], f"{where}: model")
     rest = {key: value for key, value in table.items() if key not in own}

@@ -1,12 +1,12 @@
 """Training on `accelerate`: one process or many, stopped and taken up again without a trace.
 
-    OUT.part/            locked by the run that writes it; becomes OUT at the end
-      checkpoint.pt      weights, optimizer, step, lengths of the logs: what a run goes on from
-      log.csv            a line a step; validation.csv a line a validation
-      best/              the model with the best metric so far, as `save_pretrained` leaves it
-      model/             the model at the end
-      classes.json       names of the classes, in the order of the logits
-      run.json           written last: recipe, results, versions, checksums of all files
+OUT.part/            locked by the run that writes it; becomes OUT at the end
+  checkpoint.pt      weights, optimizer, step, lengths of the logs: what a run goes on from
+  log.csv            a line a step; validation.csv a line a validation
+  best/              the model with the best metric so far, as `save_pretrained` leaves it
+  model/             the model at the end
+  classes.json       names of the classes, in the order of the logits
+  run.json           written last: recipe, results, versions, checksums of all files
 """
 
 from __future__ import annotations
@@ -37,9 +37,12 @@ from ..journal import changes, locked, part_of, sync_folder, write_record
 from ..model import XT
 from ..registry import RandomWeightsWarning, create_model
 from .config import PRECISIONS, Recipe, Train
-from .tasks import Batch, Classification, InOrder, Order, seeded
+from .tasks import Batch, InOrder, Order, Task, make_task, seeded
 
 CHECKPOINT = "checkpoint.pt"
+NO_DECAY = ("*token*", "*pos_embed*", "*bias_table*", "*cpb_mlp*", "*logit_scale*", "*.A_log")
+"""Parameters without weight decay besides vectors: tokens, position tables, and what SwinV2's and
+Mamba's authors leave out."""
 
 
 class NotFiniteError(ValueError):
@@ -49,7 +52,7 @@ class NotFiniteError(ValueError):
 class Objective(nn.Module):
     """Model and loss as one module, the shape in which several processes share gradients."""
 
-    def __init__(self, model: XT, task: Classification) -> None:
+    def __init__(self, model: XT, task: Task) -> None:
         super().__init__()
         self.model, self.task = model, task
 
@@ -81,15 +84,14 @@ def fit(
     gradient is not finite: the checkpoint stays as it was.
     """
     if find_spec("accelerate") is None:
-        raise ValueError(
-            "xt train: accelerate must be installed: pip install 'xt-kernels[train]'."
-        )
+        raise ValueError("xt train: accelerate must be installed: pip install 'xt-kernels[train]'.")
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
     part_of(out)
-    task = Classification(recipe)
+    task = make_task(recipe)
     model = build_model(recipe, task)
+    task.in_chans = model.config.in_chans
     task.item("train", 0, None)  # the first image is one that the model takes
     accelerator = Accelerator(
         cpu=device == "cpu",
@@ -105,11 +107,13 @@ def fit(
         AcceleratorState._reset_state(reset_partial_state=False)  # else precision is for ever
 
 
-def build_model(recipe: Recipe, task: Classification) -> XT:
-    """The model of a recipe before its first step, with a head for the task's classes."""
-    want, classes = recipe.model, len(task.classes)
+def build_model(recipe: Recipe, task: Task) -> XT:
+    """The model of a recipe before its first step, with a head for the task."""
+    want = recipe.model
     if want.weights:
-        return _with_head(XT.from_pretrained(want.weights), classes)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.train.seed)
+            return _with_head(XT.from_pretrained(want.weights), task.model_fields())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RandomWeightsWarning)  # they are about to be trained
         return create_model(
@@ -117,32 +121,28 @@ def build_model(recipe: Recipe, task: Classification) -> XT:
             context=None if want.context == "none" else want.context,
             pretrained=want.pretrained,
             seed=recipe.train.seed,
-            num_classes=classes,
-            **(want.fields or {}),
+            **(dict(want.fields or {}) | task.model_fields()),
         )
 
 
-def _with_head(model: XT, classes: int) -> XT:
-    """The same trunk; the head too, unless it is for another number of classes."""
-    if model.config.num_classes == classes:
-        return model
-    new = XT(replace(model.config, num_classes=classes))
-    state = {k: v for k, v in model.state_dict().items() if not k.startswith("head.")}
-    new.load_state_dict(state | {f"head.{k}": v for k, v in new.head.state_dict().items()})
+def _with_head(model: XT, fields: dict[str, Any]) -> XT:
+    """The same trunk, with the head of `fields`, whose weights are kept where their shapes are."""
+    new = XT(replace(model.config, **fields))
+    known = model.state_dict()
+    for name, tensor in new.state_dict().items():
+        if name in known and known[name].shape == tensor.shape:
+            tensor.copy_(known[name])
+        elif not name.startswith(("head.", "heads.")):
+            raise ValueError(f"model.weights: {name} must be {list(tensor.shape)}, is missing.")
     return new
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: no weight decay for norms, biases and other vectors, tokens, position
-    tables, Mamba's A, and what timm's backbone names."""
+    """Parameter groups: no weight decay for vectors (norms, biases, Mamba's D) and `NO_DECAY`."""
     from timm.optim import param_groups_weight_decay
 
-    patterns = ["*token*", "*pos_embed*", "*position_bias_table*", "*.A_log"]
-    for name, module in model.named_modules():
-        if hasattr(module, "no_weight_decay"):
-            patterns += [f"{name}.{inner}" for inner in module.no_weight_decay()]
     groups: list[dict[str, Any]] = param_groups_weight_decay(
-        model, weight_decay, no_weight_decay_list=patterns
+        model, weight_decay, no_weight_decay_list=NO_DECAY
     )
     return groups
 
@@ -208,7 +208,7 @@ class _Log:
 class _Fitter:
     """One run: what `fit` puts together."""
 
-    def __init__(self, recipe: Recipe, task: Classification, model: XT, accelerator: Any) -> None:
+    def __init__(self, recipe: Recipe, task: Task, model: XT, accelerator: Any) -> None:
         self.recipe, self.task, self.accelerator = recipe, task, accelerator
         train, world = recipe.train, accelerator.num_processes
         if train.batch_size % (train.accumulate * world):
@@ -426,7 +426,7 @@ class _Fitter:
         for batch in self._loader(batches, training=False):
             batch = self._to_device(batch)
             loss, output = self.accelerator.unwrap_model(objective, keep_fp32_wrapper=True)(batch)
-            records += self.task.record(output, batch)
+            records += self.task.record(self.model, output, batch)
             losses.append((float(loss), len(batch.images)))
         records, losses = gather_object(records), gather_object(losses)
         count = sum(n for _, n in losses)

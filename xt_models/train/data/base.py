@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 Size = int | tuple[int, int]
 
@@ -38,17 +38,30 @@ class Data:
         """`size` as (height, width)."""
         return (self.size, self.size) if isinstance(self.size, int) else self.size
 
+    def read(self, split: str, classes: tuple[str, ...] = ()) -> Any:
+        """What a split holds; `classes` are those of the training images, for other splits."""
+        raise NotImplementedError
+
     def path(self, *parts: str) -> Path:
         """A path below `root`."""
         return Path(self.root).joinpath(*parts)
 
 
-class Labelled(NamedTuple):
+@dataclass(frozen=True)
+class Labelled:
     """Images for classification: a class number each, or the numbers of all that hold."""
 
     classes: tuple[str, ...]
     paths: Sequence[Path]
     labels: Sequence[int | tuple[int, ...]]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def rows(self) -> Iterator[str]:
+        """One line for all that an item is."""
+        for path, label in zip(self.paths, self.labels, strict=True):
+            yield f"{path}\t{label}"
 
 
 def check_files(paths: Iterable[Path], what: str) -> None:

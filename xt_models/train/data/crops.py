@@ -83,10 +83,8 @@ def read_crop(
     return out if pixels.is_floating_point() else out.round().to(pixels.dtype)
 
 
-def _level(
-    source: ImageSource, window: Window, shape: tuple[int, int]
-) -> tuple[int, Window]:
-    """The smallest level with at least `shape` pixels in the window, and the window in its pixels."""
+def _level(source: ImageSource, window: Window, shape: tuple[int, int]) -> tuple[int, Window]:
+    """The smallest level with at least `shape` pixels in the window, and the window there."""
     shrink = min(window.height / shape[0], window.width / shape[1])
     for level in range(len(source.level_sizes) - 1, 0, -1):
         rows, cols = source.level_sizes[level]

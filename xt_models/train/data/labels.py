@@ -85,9 +85,10 @@ class ImageList(Data):
                 )
         paths = [self.path(self.images, row["path"]) for row in rows]
         check_files(paths, str(path))
+        labels = [tuple(sorted(number[name] for name in each)) for each in names]
         if self.multi_label:
-            return Labelled(classes, paths, [tuple(sorted(map(number.get, n))) for n in names])
-        return Labelled(classes, paths, [number[each[0]] for each in names])
+            return Labelled(classes, paths, labels)
+        return Labelled(classes, paths, [label for (label,) in labels])
 
     def _names(self, label: str) -> list[str]:
         if not self.multi_label:
@@ -152,7 +153,7 @@ class INaturalist(Data):
     def _categories(self, own: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
         """Category number -> its entry, from the file of categories or the annotations' own."""
         path = self.path(self.categories)
-        if self.supercategory and not any("supercategory" in c for c in own) or path.is_file():
+        if path.is_file() or (self.supercategory and not any("supercategory" in c for c in own)):
             own = read_json(path)
         if not isinstance(own, list) or not all(isinstance(c, dict) and "id" in c for c in own):
             raise ValueError(f"{path}: expected a list of categories with id and name.")
