@@ -64,6 +64,60 @@ def test_dense_cells_lie_over_their_tokens():
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "decoder, encoder, output_stride",
+    [("unet", "convnext_atto", 1), ("unet", "hiera_tiny_224", 8), ("fpn", "convnext_atto", 2),
+     ("upernet", "convnext_atto", 4)],
+)  # fmt: skip
+def test_decoders_for_any_size(decoder, encoder, output_stride):
+    options = {"kind": "segmentation", "classes": 3, "decoder": decoder}
+    options["output_stride"] = output_stride
+    region = 96 if encoder.startswith("hiera") else 64
+    heads = {"ground": options}
+    model = xm.create_model(encoder, heads=heads, **SMALL | {"region": region})
+    for size in ((1, 1), (100, 203)):
+        out = forward(model, image(*size, batch=2)).heads["ground"]
+        assert out.shape == (2, 3, *(-(-n // output_stride) for n in size))
+        assert out.std() > 0
+
+
+def test_unet_learns_from_tokens_and_from_every_stage():
+    options = {"kind": "segmentation", "classes": 2, "decoder_channels": [16, 16, 8, 8, 8]}
+    model = small({"ground": options}).train()
+    seen = {}
+    head = model.heads["ground"]
+    plain = head.forward
+
+    def forward(tokens, stages):
+        seen.update(stages, tokens=tokens)
+        for feature in seen.values():
+            feature.retain_grad()
+        return plain(tokens, stages)
+
+    head.forward = forward
+    out = model(image(64, 128))
+    head.loss(out.heads["ground"], torch.randint(0, 2, (1, 64, 128))).backward()
+    assert [seen[i].shape[1:] for i in range(3)] == [(40, 16, 16), (80, 8, 8), (160, 4, 4)]
+    assert all(feature.grad.abs().sum() > 0 for feature in seen.values())
+
+
+def test_groups_decide_what_a_decoder_sees():
+    """A pixel changes the map of its group, and, without context, of no other."""
+    options = {"kind": "segmentation", "classes": 2, "group": 2}
+    model = small({"ground": options}, context=None)
+    pixels = image(128, 64 * 5)
+    before = forward(model, pixels).heads["ground"]
+    pixels[0, :, 10, 10] = 255 - pixels[0, :, 10, 10]
+    changed = (forward(model, pixels).heads["ground"] != before).any(1)[0]
+    changed = changed.view(2, 64, 5, 64).any(1).any(2)
+    assert changed[0].tolist() == [True, True, False, False, False] and changed[1, :2].any()
+    # The last group is columns 3 and 4, and column 3 belongs to the one before it.
+    pixels[0, :, 10, 64 * 4 + 10] = 255 - pixels[0, :, 10, 64 * 4 + 10]
+    again = forward(model, pixels).heads["ground"]
+    changed = (again != before).any(1)[0, :, 64 * 2 :].view(128, 3, 64).any(0).any(1)
+    assert changed.tolist() == [False, False, True]
+
+
 def test_heads_leave_the_rest_of_the_model_as_it_is():
     plain, more = small({}, num_classes=4), small({"ground": DENSE}, num_classes=4)
     assert set(more.state_dict()) - set(plain.state_dict()) == {
@@ -233,6 +287,24 @@ def dense_loss(target, **options):
             r"numbers in \[0, 1\], got 1.5",
         ),
         (lambda: dense_loss(torch.full((1, 3, 4, 4), float("nan")), loss="bce"), "got nan"),
+        (
+            lambda: small({"a": DENSE | {"kind": "segmentation", "decoder": "psp"}}),
+            "decoder must be one of unet, fpn, upernet, got 'psp'",
+        ),
+        (
+            lambda: small({"a": DENSE | {"kind": "segmentation", "decoder_channels": [8]}}),
+            r"one number for each of 3 blocks, from stride 32 to 4, got \(8,\)",
+        ),
+        (
+            lambda: small(
+                {"a": {"kind": "segmentation", "classes": 2, "decoder": "fpn", "output_stride": 8}}
+            ),
+            "output_stride must be at most 4 for 'fpn', got 8",
+        ),
+        (
+            lambda: small({"a": {"kind": "segmentation", "classes": 2, "group": 0}}),
+            "group must be at least 1 region, or None, got 0",
+        ),
         (
             lambda: ClassificationHead(8, 3).loss(torch.zeros(2, 3), torch.tensor([0, 3])),
             r"ClassificationHead: target must hold labels in \[0, 3\), got 3",

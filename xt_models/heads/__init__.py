@@ -26,6 +26,7 @@ __all__ = [
 KINDS = {
     "classification": ("classification", "classification"),
     "dense": ("dense", "DenseHead"),
+    "segmentation": ("segmentation", "SegmentationHead"),
 }
 """Kind of head -> module and callable that builds it: `callable(trunk, **options)`."""
 
