@@ -360,3 +360,72 @@ def test_every_shipped_recipe_loads_and_is_listed():
     for name in names:
         recipe = config.load(name)
         assert recipe.train.epochs > 0
+
+
+@pytest.fixture
+def masked(tmp_path):
+    """Images of a dark and a light half, and masks that say which is which."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 3), ("val", 2)):
+        for i in range(count):
+            mask = np.zeros((100, 90), dtype=np.uint8)
+            mask[:, 30 + 10 * i :] = 1
+            pixels = (70 + 110 * mask[..., None] + rng.normal(0, 20, (100, 90, 3))).clip(0, 255)
+            for folder, array in (("images", pixels.astype(np.uint8)), ("masks", mask)):
+                path = tmp_path / split / folder / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(path)
+    return tmp_path
+
+
+def segmentation(root, **train):
+    return config.from_dict({
+        "model": RECIPE["model"] | {"chunk_regions": 0},
+        "head": {"kind": "dense", "output_stride": 8},
+        "data": {"form": "masks", "root": str(root), "size": 64, "classes": ["dark", "light"]},
+        "augment": {"flip_vertical": 0.5, "rotate": True},
+        "train": {"epochs": 6, "batch_size": 3, "lr": 1e-2, "workers": 0} | train,
+    })  # fmt: skip
+
+
+def test_segmentation_learns_and_saves_its_head(masked, tmp_path):
+    last = fit.fit(segmentation(masked), tmp_path / "out", device="cpu")
+    assert last["step"] == 24 and last["miou"] > 70 and last["accuracy"] > 80
+    assert losses(tmp_path / "out")[0] > 2 * losses(tmp_path / "out")[-1]
+    model = xm.XT.from_pretrained(tmp_path / "out" / "best").eval()
+    image = torch.from_numpy(np.array(Image.open(masked / "val" / "images" / "0.png")))
+    with torch.no_grad():
+        out = model(image.permute(2, 0, 1)).heads["mask"]
+    found = model.heads["mask"].predict(out)
+    assert found.shape == (1, 13, 12) and (found[0, :, :3] == 0).float().mean() > 0.7
+
+
+def test_the_confusion_counts_what_is_known(masked):
+    task = make_task(segmentation(masked))
+    assert task.length("train") == 3 * 4 and task.length("val") == 2 * 4
+    image, target = task.item("val", 3, None)  # the lower right corner, 36 x 26 px of the image
+    assert image.shape == (3, 64, 64) and target.shape == (8, 8)
+    assert (
+        (target[:4, :3] == 1).all() and (target[5:] == 255).all() and (target[:, 4:] == 255).all()
+    )
+    truth = torch.tensor([[[0, 0, 1, 255]]])
+    scores = torch.tensor([[[[9.0, 0, 0, 9]], [[0.0, 9, 9, 0]]]])
+    record = task.record(None, scores, fit.Batch(None, truth))
+    assert record == [[[1, 1], [0, 1]]]
+    found = task.metrics(record * 2)
+    assert found == {"miou": 50.0, "accuracy": pytest.approx(200 / 3)}
+
+
+def test_segmentation_refuses_another_loss(masked):
+    recipe = segmentation(masked)
+    other = config.from_dict(recipe_tables(recipe, loss="bce"))
+    with pytest.raises(ValueError, match=r"head\.loss must be cross_entropy for masks"):
+        make_task(other)
+
+
+def recipe_tables(recipe, **head):
+    tables = recipe.to_dict()
+    fields = tables["model"].pop("fields")
+    tables["model"] = {"name": tables["model"]["name"], "context": "xl", **fields}
+    tables["model"]["chunk_regions"] = 0
+    return tables | {"head": tables["head"] | head}

@@ -178,18 +178,21 @@ class _Positions:
 
 
 class _Log:
-    """A CSV file that grows; `length` is what a checkpoint keeps of it."""
+    """A CSV file that grows; its columns are those of the first row. `length` is what a checkpoint
+    keeps of it."""
 
-    def __init__(self, path: Path, columns: list[str], length: int = 0) -> None:
+    def __init__(self, path: Path, length: int) -> None:
         if length:
             os.truncate(path, length)
         self._file = path.open("a" if length else "w", newline="")
-        self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
-        if not length:
-            self._writer.writeheader()
+        self._has_header = length > 0
 
     def add(self, row: dict[str, Any]) -> None:
-        self._writer.writerow(row)
+        writer = csv.DictWriter(self._file, list(row), lineterminator="\n")
+        if not self._has_header:
+            writer.writeheader()
+            self._has_header = True
+        writer.writerow(row)
 
     @property
     def length(self) -> int:
@@ -319,17 +322,13 @@ class _Fitter:
         )))  # fmt: skip
         validate_every = max(1, math.ceil(train.validate_every * self.per_epoch))
         has_validation = self.task.length("val") > 0
-        columns = ["step", "epoch", "loss", *([self.task.best] if has_validation else [])]
         with ExitStack() as stack:
             if self.is_main:
                 on_start(self.step, self.steps)
                 self._write_classes()
-                log = stack.enter_context(_Log(
-                    self.part / "log.csv", ["step", "epoch", "lr", "loss", "grad_norm"],
-                    self.lengths["log.csv"],
-                ))  # fmt: skip
-                validations = stack.enter_context(
-                    _Log(self.part / "validation.csv", columns, self.lengths["validation.csv"])
+                log, validations = (
+                    stack.enter_context(_Log(self.part / name, length))
+                    for name, length in self.lengths.items()
                 )
                 board = _board(self.part)
                 stack.callback(board.close)
@@ -418,7 +417,7 @@ class _Fitter:
         accelerator, train = self.accelerator, self.recipe.train
         rank, world = accelerator.process_index, accelerator.num_processes
         mine = list(range(rank, self.task.length("val"), world))
-        size = max(1, train.batch_size // train.accumulate // world)
+        size = 1 if self.task.whole_images else train.batch_size // train.accumulate // world
         batches = [mine[i : i + size] for i in range(0, len(mine), size)]
         objective.eval()
         records: list[Any] = []

@@ -3,10 +3,14 @@
 from ..config import Recipe
 from .base import Batch, InOrder, Order, Task, seeded
 from .classification import Classification
+from .segmentation import Segmentation
 
 __all__ = ["Batch", "InOrder", "Order", "Task", "make_task", "seeded"]
 
-TASKS: dict[str, type[Task]] = {"classification": Classification}
+TASKS: dict[str, type[Task]] = {
+    "classification": Classification,
+    "segmentation": Segmentation,
+}
 """`Data.task` -> what trains it."""
 
 

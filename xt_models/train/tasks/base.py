@@ -33,12 +33,14 @@ class Task:
 
     Attributes: classes, their names; best, the metric that tells which model is best, higher is
     better; head, the name of the head in `XTOutput.heads`, None for `XTOutput.logits`; in_chans,
-    bands that the model takes, set once it is built.
+    bands that the model takes, set once it is built; whole_images, whether validation takes images
+    as they are, one at a time.
     """
 
     classes: tuple[str, ...]
     best: str
     head: str | None
+    whole_images = False
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
