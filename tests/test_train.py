@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -356,10 +357,49 @@ def test_every_shipped_recipe_loads_and_is_listed():
     result = xt("--list")
     assert result.exit_code == 0, result.output
     names = config.shipped()
-    assert names and all(name in result.output for name in names)
-    for name in names:
-        recipe = config.load(name)
-        assert recipe.train.epochs > 0
+    assert len(result.output.splitlines()) == len(names)
+    for name, path in names.items():
+        config.load(name)
+        assert re.search(rf"^ *{name} +{re.escape(config.describe(path))}$", result.output, re.M)
+
+
+def test_every_row_of_the_papers_table_has_its_recipe():
+    """Size, region and parameter count are those of the row that the recipe names."""
+    table = Path(xm.__file__).parent / "assets" / "paper" / "table2_inaturalist.csv"
+    recipes = {config.describe(path): name for name, path in config.shipped().items()}
+    rows = list(csv.DictReader(table.open()))
+    assert len(rows) == len([name for name in recipes.values() if name.startswith("inat-")])
+    for row in rows:
+        words = " ".join(filter(None, (row["model"], row["context"], row["size"])))
+        (title,) = (title for title in recipes if title.startswith(f"{words}, table 2: "))
+        assert row["top1"] in title
+        recipe = config.load(recipes[title])
+        size, _, region = row["size"].partition("/")
+        assert recipe.data.shape == (int(size),) * 2
+        assert recipe.model.name.endswith(f"_{region or size}")
+        assert recipe.train.lr == (1e-5 if row["model"] in ("Swin-B", "Swin-L") else 1e-4)
+        if row["model"] not in ("Swin-T", "Hiera-B", "Hiera-B+") or not row["params_m"]:
+            continue  # the same layers, wider: half a second each
+        with torch.device("meta"):
+            context = None if recipe.model.context == "none" else recipe.model.context
+            model = xm.create_model(
+                recipe.model.name, context=context, num_classes=284, **recipe.model.fields
+            )
+        count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        assert abs(count - float(row["params_m"])) < 0.6, (words, count)
+
+
+def test_a_base_gives_what_a_recipe_does_not(tmp_path):
+    (tmp_path / "a.toml").write_text("[train]\nlr = 3.0\nepochs = 7\n[data]\nsize = 32")
+    (tmp_path / "b.toml").write_text("base = 'a.toml'\n[train]\nlr = 4.0")
+    recipe = config.load(tmp_path / "b.toml")
+    assert (recipe.train.lr, recipe.train.epochs, recipe.data.size) == (4.0, 7.0, 32)
+    (tmp_path / "c.toml").write_text("base = 'classify-folder'\n[data]\nroot = 'x'")
+    recipe = config.load(tmp_path / "c.toml")
+    assert recipe.model.pretrained and recipe.data.root == str(tmp_path / "x")
+    (tmp_path / "a.toml").write_text("base = 'b.toml'")
+    with pytest.raises(ValueError, match=r"base must be a recipe that is not built on this one"):
+        config.load(tmp_path / "b.toml")
 
 
 @pytest.fixture

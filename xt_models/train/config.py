@@ -6,7 +6,8 @@
     [augment]  `Augment`
     [train]    `Train`
 
-Paths below [data] are relative to its `root`, and `root` to the file.
+Paths below [data] are relative to its `root`, and `root` to the file. `base`, above the tables,
+names another recipe, whose values hold where this one gives none.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .data import FORMS, Data
 T = TypeVar("T")
 PRECISIONS = {"float32": "no", "bfloat16": "bf16"}
 """Precision of a recipe -> what accelerate calls it."""
+_FOLDER = Path(str(files(__package__) / "configs"))
 
 
 @dataclass(frozen=True)
@@ -156,8 +158,7 @@ class Recipe:
 
 def shipped() -> dict[str, Path]:
     """Name -> file of the recipes in the package."""
-    folder = Path(str(files(__package__) / "configs"))
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return {p.stem: p for p in sorted(_FOLDER.glob("*.toml")) if not p.name.startswith("_")}
 
 
 def describe(path: Path) -> str:
@@ -173,28 +174,49 @@ def load(name: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
     Raises ValueError for an unknown key, a value of another type or out of range;
     FileNotFoundError if there is neither such a file nor such a name.
     """
-    path = Path(name)
-    if not path.is_file():
-        known = shipped()
-        if str(name) not in known:
-            near = difflib.get_close_matches(str(name), known, 1)
-            hint = f" (near it: {near[0]})" if near else ""
-            raise FileNotFoundError(
-                f"xt train: CONFIG must be a TOML file or one of `xt train --list`, "
-                f"got {str(name)!r}{hint}."
-            )
-        path = known[str(name)]
-    try:
-        tables = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected TOML, found: {error}.") from None
+    path = _find(name)
+    tables = _tables(path, [])
     for key, value in (changes or {}).items():
         table, _, inner = key.partition(".")
         if not inner:
             raise ValueError(f"{path}: a changed key must be TABLE.KEY, got {key!r}.")
         tables.setdefault(table, {})[inner] = value
     # A shipped recipe has no data beside it: there `root` starts where the user stands.
-    return from_dict(tables, path, Path() if path.parent.name == "configs" else path.parent)
+    return from_dict(tables, path, Path() if path.parent == _FOLDER else path.parent)
+
+
+def _find(name: str | Path, beside: Path = Path()) -> Path:
+    """The file of a recipe, by path or shipped name."""
+    path = beside / name
+    if path.is_file():
+        return path
+    path = _FOLDER / f"{name}.toml"
+    if not path.is_file():
+        near = difflib.get_close_matches(str(name), shipped(), 1)
+        hint = f" (near it: {near[0]})" if near else ""
+        raise FileNotFoundError(
+            f"xt train: CONFIG must be a TOML file or one of `xt train --list`, "
+            f"got {str(name)!r}{hint}."
+        )
+    return path
+
+
+def _tables(path: Path, above: list[Path]) -> dict[str, Any]:
+    """The tables of a file, over those of its base."""
+    try:
+        tables = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected TOML, found: {error}.") from None
+    base = tables.pop("base", None)
+    if base is None:
+        return tables
+    _rule(f"{path}: base", isinstance(base, str), "the name of a recipe", base)
+    _rule(f"{path}: base", path not in above, "a recipe that is not built on this one", base)
+    out = _tables(_find(base, path.parent), [*above, path])
+    for name, table in tables.items():
+        both = isinstance(table, dict) and isinstance(out.get(name), dict)
+        out[name] = out[name] | table if both else table
+    return out
 
 
 def from_dict(tables: dict[str, Any], where: str | Path = "recipe", base: Path = Path()) -> Recipe:

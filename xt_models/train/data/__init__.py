@@ -4,7 +4,7 @@ pixels are read through `xt_models.open_image`, window by window."""
 from .base import Data, Labelled
 from .coco import Boxed, Coco
 from .crops import Window, middle_window, random_window, read_crop
-from .labels import ImageFolder, ImageList, INaturalist
+from .labels import ImageFolder, ImageList, INaturalist, Labels
 from .masks import Masked, MaskPairs
 from .tiles import Tiles
 from .xview3 import Scenes, XView3
@@ -26,6 +26,7 @@ __all__ = [
     "ImageFolder",
     "ImageList",
     "Labelled",
+    "Labels",
     "MaskPairs",
     "Masked",
     "Scenes",

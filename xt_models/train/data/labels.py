@@ -13,13 +13,29 @@ SUFFIXES = frozenset(".tif .tiff .btf .png .jpg .jpeg .npy .zarr .jp2 .svs".spli
 
 
 @dataclass(frozen=True)
-class ImageFolder(Data):
+class Labels(Data):
+    """Fields of the forms with labels.
+
+    fit: how validation images come to the shape of `size`: "crop", the largest window in their
+    middle; "squash", all of them.
+    """
+
+    task: ClassVar[str] = "classification"
+
+    fit: str = "crop"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fit not in ("crop", "squash"):
+            raise ValueError(f"data.fit must be crop or squash, got {self.fit!r}.")
+
+
+@dataclass(frozen=True)
+class ImageFolder(Labels):
     """`train/<class>/<image>` (the form of torchvision's ImageFolder), any depth below a class.
 
     train, val: folders; val "" for none. Classes are the folders of `train`, sorted by name.
     """
-
-    task: ClassVar[str] = "classification"
 
     train: str = "train"
     val: str = "val"
@@ -47,15 +63,13 @@ class ImageFolder(Data):
 
 
 @dataclass(frozen=True)
-class ImageList(Data):
+class ImageList(Labels):
     """A CSV file with the columns `path` and `label`, a path a line, relative to `images`.
 
     train, val: CSV files; val "" for none. images: folder of the images. classes: names of the
     labels; empty for those of `train`, sorted. multi_label: a label is any number of names with
     ";" between.
     """
-
-    task: ClassVar[str] = "classification"
 
     train: str = "train.csv"
     val: str = ""
@@ -97,7 +111,7 @@ class ImageList(Data):
 
 
 @dataclass(frozen=True)
-class INaturalist(Data):
+class INaturalist(Labels):
     """iNaturalist 2018: `train2018.json`, `val2018.json` (images, annotations) and
     `categories.json`, which names the supercategory of each species.
 
@@ -105,8 +119,6 @@ class INaturalist(Data):
     numbers alone. images: folder that `file_name` starts at. supercategory: keep the species of
     this one, such as "Reptilia"; "" for all.
     """
-
-    task: ClassVar[str] = "classification"
 
     train: str = "train2018.json"
     val: str = "val2018.json"

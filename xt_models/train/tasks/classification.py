@@ -10,7 +10,7 @@ import torch
 from ...model import XT
 from ...source import open_image
 from ..config import Recipe
-from ..data import middle_window, random_window, read_crop
+from ..data import Labels, Window, middle_window, random_window, read_crop
 from .base import Batch, Task, turns
 
 
@@ -23,6 +23,8 @@ class Classification(Task):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
+        assert isinstance(recipe.data, Labels)
+        self.fit = recipe.data.fit
         self.multi_label = isinstance(self.data["train"].labels[0], tuple)
         self.best, self.head = ("f1", "labels") if self.multi_label else ("top1", None)
         self._augment: Any = _rand_augment(recipe.augment.randaugment)
@@ -46,10 +48,12 @@ class Classification(Task):
         shape, path = recipe.data.shape, data.paths[index]
         with open_image(path) as source:
             size = source.height, source.width
-            if rng is None:
+            if rng is not None:
+                window = random_window(size, recipe.augment.scale, recipe.augment.ratio, rng)
+            elif self.fit == "crop":
                 window = middle_window(size, shape[1] / shape[0])
             else:
-                window = random_window(size, recipe.augment.scale, recipe.augment.ratio, rng)
+                window = Window(0, 0, *size)
             image = read_crop(
                 source, window, shape, bands=recipe.data.bands, in_chans=self.in_chans
             )
