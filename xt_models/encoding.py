@@ -39,6 +39,11 @@ class Features:
         self.region, self.keep, self.index = region, False, 0
         self.batch: Encoded | None = None
 
+    def stages(self) -> dict[int, torch.Tensor]:
+        """Earlier stages of the region, `[s_i, s_i, C_i]`."""
+        assert self.batch is not None
+        return {i: stage[self.index] for i, stage in self.batch.stages.items()}
+
     def settle(self, batch: Encoded, index: int) -> None:
         """Takes the row `index` of a batch that was just encoded."""
         self.batch, self.index = batch, index

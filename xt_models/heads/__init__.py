@@ -27,6 +27,8 @@ KINDS = {
     "classification": ("classification", "classification"),
     "dense": ("dense", "DenseHead"),
     "segmentation": ("segmentation", "SegmentationHead"),
+    "fcos": ("detection", "FcosHead"),
+    "detr": ("detection", "DetrHead"),
 }
 """Kind of head -> module and callable that builds it: `callable(trunk, **options)`."""
 

@@ -1,0 +1,340 @@
+"""What heads make of an image as it streams by: maps as zarr or tiled BigTIFF, boxes as COCO and
+GeoJSON, scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from .group_walk import GroupWalk, Held, Piece
+from .heads import Group
+from .heads.boxes import Boxes, BoxHead
+from .heads.dense import MapHead, own_part
+from .model import XT
+from .output import MapWriter, map_attributes
+from .source import ImageSource
+
+TILE = 256
+"""Side of the tiles of a TIFF, in cells."""
+
+Maps = Literal["prediction", "logits"]
+MapFormat = Literal["tif", "zarr"]
+
+_GEOGRAPHIC, _PROJECTED = 2048, 3072  # GeoKeys
+
+
+class HeadOutputs:
+    """The heads of a model over one image: `take` runs them chunk by chunk, `write` keeps what they
+    say, `finish` makes the files. `write` and `saved` belong to one thread, `take` and `held` to
+    another.
+
+    maps, map_format: as in `stream`. folder: where the files go, scratch: where maps wait; without
+    a folder heads that give maps do not run. seen, left_out: regions of chunks before, of which
+    `held` and `saved` are what they were then.
+    """
+
+    def __init__(
+        self,
+        model: XT,
+        source: ImageSource,
+        maps: Maps,
+        map_format: MapFormat,
+        folder: Path | None = None,
+        scratch: Path | None = None,
+        seen: Sequence[int] = (),
+        left_out: Sequence[int] = (),
+        held: dict[int, Held] | None = None,
+        saved: dict[str, Any] | None = None,
+    ) -> None:
+        self._model, self._source, self._folder = model, source, folder
+        self._grid = model.grid(source.height, source.width)
+        saved = {"blocks": {}, "found": {}} if saved is None else saved
+        self._maps: dict[str, MapFile] = {}
+        self._boxes: dict[str, BoxHead] = {}
+        for name, head in model.group_heads.items():
+            if isinstance(head, BoxHead):
+                self._boxes[name] = head
+            elif folder is not None and scratch is not None:
+                self._maps[name] = MapFile(
+                    folder, scratch, name, model, source, maps, map_format,
+                    saved["blocks"].get(name),
+                )  # fmt: skip
+        self._found: dict[str, list[Boxes]] = {n: saved["found"].get(n, []) for n in self._boxes}
+        names = [*self._maps, *self._boxes]
+        self._walk = GroupWalk(model, self._grid, names, seen, held)
+        self._left_out = set(left_out)
+
+    @property
+    def held(self) -> dict[int, Held]:
+        """What the next chunks need of the chunks so far."""
+        return self._walk.held
+
+    @property
+    def saved(self) -> dict[str, Any]:
+        """What was kept in memory of the pieces so far."""
+        return {
+            "blocks": {name: file.writer.blocks for name, file in self._maps.items()},
+            "found": self._found,
+        }
+
+    def take(
+        self,
+        regions: Sequence[int],
+        tokens: torch.Tensor,
+        stages: Mapping[int, Mapping[int, torch.Tensor]],
+        left_out: Sequence[int],
+    ) -> list[Piece]:
+        """Runs the heads on the groups that a chunk completes: see `GroupWalk.add`."""
+        self._left_out |= set(left_out)
+        with torch.inference_mode():
+            return list(self._walk.add(regions, tokens, stages, left_out))
+
+    def write(self, pieces: list[Piece]) -> list[Path]:
+        """Keeps what the heads said; the files that are new and whole."""
+        for name, group, raw in pieces:
+            if name in self._maps:
+                self._maps[name].add(group, raw, self._left_out)
+            else:
+                boxes = self._boxes[name].candidates(raw, group, self._grid)
+                self._found[name].append({key: value.cpu() for key, value in boxes.items()})
+        new: list[Path] = []
+        for file in self._maps.values():
+            new += file.writer.written
+            file.writer.written.clear()
+        return new
+
+    def finish(self) -> tuple[dict[str, Any], list[Path]]:
+        """(boxes by head, the files that are new), once all chunks were taken."""
+        files = [path for file in self._maps.values() for path in file.finish()]
+        found: dict[str, Any] = {}
+        for name, head in self._boxes.items():
+            boxes = head.merge(self._found[name])
+            found[name] = {key: value.numpy() for key, value in boxes.items()}
+            if self._folder is not None:
+                files += write_boxes(self._folder, name, self._source, found[name])
+        return found, files
+
+
+class MapFile:
+    """The map of one head, written region by region; `finish` makes the file.
+
+    folder: of the run. maps: "prediction", classes or scores, or "logits".
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        scratch: Path,
+        name: str,
+        model: XT,
+        source: ImageSource,
+        maps: Maps,
+        kind: MapFormat,
+        blocks: dict[str, Any] | None,
+    ) -> None:
+        head = model.group_heads[name]
+        assert isinstance(head, MapHead)
+        self._head, self._logits, self._kind = head, maps == "logits", kind
+        self._grid = grid = model.grid(source.height, source.width)
+        self._source, self._path = source, folder / f"{name}.{kind}"
+        self._array = self._path if kind == "zarr" else scratch / f"{name}.zarr"
+        self._array.parent.mkdir(exist_ok=True)
+        dtype, channels, self.empty = map_type(head, maps)
+        self._dtype = np.dtype(dtype)
+        attributes = map_attributes(model, source, head.output_stride)
+        self._attributes = attributes | {"nodata": None if np.isnan(self.empty) else self.empty}
+        self.writer = MapWriter(
+            self._array, grid, head.output_stride, channels, dtype, self.empty,
+            self._attributes, blocks,
+        )  # fmt: skip
+
+    def add(self, group: Group, raw: torch.Tensor, left_out: set[int]) -> None:
+        """Writes the regions of a group that belong to no group before it."""
+        values = raw if self._logits else self._head.predict(raw)
+        values = values[None] if values.dim() == 3 else values  # classes have no channel
+        side = self._grid.region // self._head.output_stride
+        own = own_part(values[0], group, side).permute(1, 2, 0)
+        cells = own.cpu().to(torch.float32 if self._dtype.kind == "f" else own.dtype).numpy()
+        row, col, rows, cols = group.own
+        for i in range(rows):
+            for j in range(cols):
+                region = (row + i) * self._grid.cols + col + j
+                part = cells[i * side : (i + 1) * side, j * side : (j + 1) * side]
+                self.writer.put(region, None if region in left_out else part)
+
+    def finish(self) -> list[Path]:
+        """The files that are new, once all groups are there."""
+        self.writer.close()
+        if self._kind == "zarr":
+            return []
+        write_tiff(self._path, self._array, self._source.metadata, self._attributes)
+        return [self._path]
+
+
+def map_type(head: MapHead, maps: Maps) -> tuple[str, int, float]:
+    """(dtype, channels, value of cells without a prediction) of the map of a head."""
+    if maps == "logits" or not head.is_exclusive:
+        return "float32", head.classes, np.nan
+    return ("uint8", 1, 255) if head.classes <= 255 else ("uint16", 1, 65535)
+
+
+def write_tiff(
+    path: Path, array: Path, metadata: dict[str, Any], attributes: dict[str, Any]
+) -> None:
+    """A tiled, deflated BigTIFF of a zarr map `[h, w, C]`, strip by strip; a cloud-optimised one
+    with overviews where rasterio is installed.
+
+    metadata: of the image, for its coordinate system. attributes: transform and nodata of the map.
+    """
+    import tifffile
+    import zarr
+
+    data = zarr.open_array(str(array), mode="r")
+    tags = geo_tags(attributes.get("transform"), metadata)
+    nodata = attributes["nodata"]
+    tags.append((42113, 2, 0, "nan" if nodata is None else str(nodata), True))
+    rows, cols, channels = data.shape
+    shape = (rows, cols) if channels == 1 else (rows, cols, channels)
+    with tifffile.TiffWriter(path, bigtiff=True) as file:
+        file.write(
+            _tiles(data),
+            shape=shape,
+            dtype=data.dtype,
+            tile=(TILE, TILE),
+            photometric="minisblack",
+            planarconfig=None if channels == 1 else "contig",
+            compression="zlib",
+            extratags=tags,
+            metadata=None,
+            software=False,
+        )
+    _optimise(path, metadata, attributes)
+
+
+def _tiles(data: Any) -> Iterator[np.ndarray[Any, Any]]:
+    """Tiles of a map, row-major; each block is read once for each row of tiles."""
+    rows, cols, channels = data.shape
+    width = -(-data.chunks[1] // TILE) * TILE
+    for top in range(0, rows, TILE):
+        for left in range(0, cols, width):
+            part = np.asarray(data[top : top + TILE, left : left + width])
+            for start in range(0, part.shape[1], TILE):
+                tile = np.zeros((TILE, TILE, channels), data.dtype)
+                piece = part[:, start : start + TILE]
+                tile[: piece.shape[0], : piece.shape[1]] = piece
+                yield tile[..., 0] if channels == 1 else tile
+
+
+def geo_tags(transform: list[float] | None, metadata: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """GeoTIFF tags of an affine transform and of a coordinate system with an EPSG code."""
+    tags: list[tuple[Any, ...]] = []
+    if transform is None:
+        return tags
+    a, b, c, d, e, f = transform
+    if b == d == 0 and a > 0 > e:
+        tags.append((33550, 12, 3, (a, -e, 0.0), True))
+        tags.append((33922, 12, 6, (0.0, 0.0, 0.0, c, f, 0.0), True))
+    else:
+        matrix = (a, b, 0.0, c, d, e, 0.0, f, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+        tags.append((34264, 12, 16, matrix, True))
+    code = metadata.get("crs", "").removeprefix("EPSG:").partition("+")[0]
+    kind = {"projected": 1, "geographic": 2, "geocentric": 3}.get(metadata.get("crs_kind", ""))
+    if code.isdigit() and kind is not None:
+        key = _PROJECTED if kind == 1 else _GEOGRAPHIC
+        keys = (1, 1, 0, 3, 1024, 0, 1, kind, 1025, 0, 1, 1, key, 0, 1, int(code))
+        tags.append((34735, 3, len(keys), keys, True))
+    return tags
+
+
+def _optimise(path: Path, metadata: dict[str, Any], attributes: dict[str, Any]) -> None:
+    """The same file as GDAL writes it for the cloud, with any coordinate system."""
+    try:
+        import rasterio
+        from rasterio.shutil import copy
+    except ImportError:
+        return
+    import warnings
+
+    plain = path.with_name(path.name + ".plain")
+    path.rename(plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        if "crs" in metadata and "transform" in attributes:
+            with rasterio.open(plain, "r+") as data:
+                data.crs = rasterio.crs.CRS.from_string(metadata["crs"])
+        average = np.isnan(np.nan if attributes["nodata"] is None else 0.0)
+        copy(
+            plain, path, driver="COG", BLOCKSIZE=TILE, COMPRESS="DEFLATE", BIGTIFF="YES",
+            OVERVIEW_RESAMPLING="AVERAGE" if average else "MODE", NUM_THREADS=1,
+        )  # fmt: skip
+    plain.unlink()
+
+
+def write_boxes(
+    folder: Path, name: str, source: ImageSource, found: dict[str, np.ndarray[Any, Any]]
+) -> list[Path]:
+    """`<name>.json`, a COCO data set of one image with scores, boxes in pixels; `<name>.geojson`,
+    rectangles in the image's coordinate system, in pixels where it has none."""
+    boxes, scores, labels = (found[key] for key in ("boxes", "scores", "labels"))
+    coco, geojson = folder / f"{name}.json", folder / f"{name}.geojson"
+    record: dict[str, Any] = {
+        "images": [
+            {"id": 1, "file_name": source.name, "height": source.height, "width": source.width}
+        ],
+        "categories": [{"id": int(i), "name": str(i)} for i in np.unique(labels)],
+        "annotations": [
+            {
+                "id": i + 1,
+                "image_id": 1,
+                "category_id": int(label),
+                "bbox": [left, top, right - left, bottom - top],
+                "area": (right - left) * (bottom - top),
+                "iscrowd": 0,
+                "score": float(score),
+            }
+            for i, ((left, top, right, bottom), score, label) in enumerate(
+                zip(boxes.astype(float).tolist(), scores, labels, strict=True)
+            )
+        ],
+    }
+    coco.write_text(json.dumps(record))
+    a, b, c, d, e, f = source.metadata.get("transform", (1, 0, 0, 0, 1, 0))
+    with geojson.open("w") as file:
+        file.write('{"type": "FeatureCollection", ')
+        crs = str(source.metadata.get("crs", ""))
+        if crs.startswith("EPSG:") and "transform" in source.metadata:
+            urn = f"urn:ogc:def:crs:EPSG::{crs[5:].partition('+')[0]}"
+            member = {"type": "name", "properties": {"name": urn}}
+            file.write(f'"crs": {json.dumps(member)}, ')
+        file.write('"features": [')
+        for i, (box, score, label) in enumerate(zip(boxes, scores, labels, strict=True)):
+            left, top, right, bottom = box.astype(float).tolist()
+            ring = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
+            feature = {
+                "type": "Feature",
+                "geometry": {
+                    "type": "Polygon",
+                    "coordinates": [[[a * x + b * y + c, d * x + e * y + f] for x, y in ring]],
+                },
+                "properties": {"label": int(label), "score": float(score)},
+            }
+            file.write((",\n" if i else "\n") + json.dumps(feature))
+        file.write("\n]}\n")
+    return [coco, geojson]
+
+
+def read_boxes(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """boxes `[N, 4]` (left, top, right, bottom), scores, labels of what `write_boxes` wrote."""
+    found = json.loads(path.read_text())["annotations"]
+    corners = np.array([a["bbox"] for a in found], dtype=np.float64).reshape(-1, 4)
+    corners[:, 2:] += corners[:, :2]
+    return {
+        "boxes": corners.astype(np.float32),
+        "scores": np.array([a["score"] for a in found], dtype=np.float32),
+        "labels": np.array([a["category_id"] for a in found], dtype=np.int64),
+    }
