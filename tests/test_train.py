@@ -5,9 +5,11 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -469,3 +471,80 @@ def recipe_tables(recipe, **head):
     tables["model"] = {"name": tables["model"]["name"], "context": "xl", **fields}
     tables["model"]["chunk_regions"] = 0
     return tables | {"head": tables["head"] | head}
+
+
+@pytest.mark.parametrize("kind", ["accumulate", "recompute"])
+def test_what_saves_memory_changes_no_loss(kind, root, tmp_path):
+    plain = {"augment_mixup": 0.0, "augment_cutmix": 0.0, "train_epochs": 1}
+    for name, value in (("one", 1), ("two", 2)):
+        change = {"train_accumulate": value, "train_recompute": 0}
+        if kind == "recompute":
+            change = {"train_accumulate": 1, "train_recompute": 0 if name == "one" else 3}
+        fit.fit(recipe_of(root, **plain, **change), tmp_path / name, device="cpu")
+    np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-3)
+
+
+@pytest.mark.parametrize("gradient", ["stop", "through", "truncated"])
+def test_the_memorys_gradient_is_in_the_recipe(gradient, root, tmp_path):
+    recipe = recipe_of(root, train_epochs=0.2, model_gradient=gradient, model_gradient_chunks=1,
+                       model_chunk_regions=1)  # fmt: skip
+    fit.fit(recipe, tmp_path / "out", device="cpu")
+    saved = xm.XT.from_pretrained(tmp_path / "out" / "model").config
+    assert saved.gradient == gradient and len(losses(tmp_path / "out")) == 1
+
+
+def test_bfloat16_is_near_float32_and_leaves_float32_weights(root, tmp_path):
+    for name in config.PRECISIONS:
+        recipe = recipe_of(root, train_precision=name, train_epochs=1, augment_mixup=0.0,
+                           augment_cutmix=0.0)  # fmt: skip
+        fit.fit(recipe, tmp_path / name, device="cpu")
+    one, two = (losses(tmp_path / name) for name in config.PRECISIONS)
+    assert one != two
+    np.testing.assert_allclose(one[:2], two[:2], rtol=0.05)
+    state = load_file(tmp_path / "bfloat16" / "model" / "model.safetensors")
+    assert all(tensor.dtype != torch.bfloat16 for tensor in state.values())
+
+
+def test_a_run_may_start_from_a_saved_model(trained, root, tmp_path):
+    start = config.from_dict({
+        "model": {"weights": str(trained[0] / "model")},
+        "data": {"root": str(root), "size": 64},
+        "train": {"lr": 1e-30, "epochs": 0.2, "batch_size": 4, "workers": 0},
+    })  # fmt: skip
+    fit.fit(start, tmp_path / "out", device="cpu")
+    before, after = (
+        load_file(folder / "model" / "model.safetensors")
+        for folder in (trained[0], tmp_path / "out")
+    )
+    assert before.keys() == after.keys() and "head.1.weight" in before
+    for key in before:
+        torch.testing.assert_close(before[key], after[key], rtol=0, atol=1e-6)
+    more = tmp_path / "more"
+    shutil.copytree(root, more)
+    picture(more / "train" / "third" / "0.png", 20, (60, 60), np.random.default_rng(0))
+    start = replace(start, data=replace(start.data, root=str(more)))
+    model = fit.build_model(start, make_task(start))
+    state = model.state_dict()
+    assert len(state["head.1.weight"]) == 3 != len(before["head.1.weight"])
+    assert torch.equal(state["head.0.weight"], before["head.0.weight"])
+    assert torch.equal(state["input_proj.weight"], before["input_proj.weight"])
+
+
+def test_several_labels_an_image(root, tmp_path):
+    lines = ["path,label"]
+    for i in range(9):
+        lines += [f"train/dark/{i}.png,low;any", f"train/light/{i}.png,any"]
+    (tmp_path / "train.csv").write_text("\n".join(lines))
+    recipe = recipe_of(root, augment_mixup=0.0, augment_cutmix=0.0, train_epochs=1)
+    tables = recipe_tables(recipe) | {"data": {
+        "form": "list", "root": str(tmp_path), "images": str(root), "val": "train.csv",
+        "multi_label": True, "size": 64,
+    }}  # fmt: skip
+    last = fit.fit(config.from_dict(tables), tmp_path / "out", device="cpu")
+    assert 0 <= last["f1"] <= 100
+    model = xm.XT.from_pretrained(tmp_path / "out" / "model")
+    assert model.head is None and model.config.heads["labels"]["multi_label"]
+    task = make_task(config.from_dict(tables))
+    truth, logits = torch.tensor([[1.0, 0], [1, 1]]), torch.tensor([[2.0, 3], [-1, 4]])
+    records = task.record(None, logits, fit.Batch(None, truth))
+    assert task.metrics(records)["f1"] == pytest.approx(200 * 2 / (2 * 2 + 1 + 1))
