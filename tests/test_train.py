@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from click.testing import CliRunner
 from PIL import Image
@@ -24,6 +25,7 @@ from xt_models.cli import main
 from xt_models.journal import verify
 from xt_models.train import config, fit
 from xt_models.train.tasks import make_task, seeded
+from xt_models.train.tasks.base import Turn
 from xt_models.train.tasks.classification import as_float
 
 pytestmark = pytest.mark.filterwarnings("ignore::xt_models.registry.RandomWeightsWarning")
@@ -170,6 +172,25 @@ def test_a_run_stopped_in_the_process_goes_on_too(trained, root, tmp_path, at):
     assert (tmp_path / "out.part").exists() == (at > 3)
     fit.fit(recipe_of(root, train_workers=1 if at > 3 else 0), tmp_path / "out", device="cpu")
     same(tmp_path / "out", trained[0])
+
+
+def test_a_run_killed_before_the_last_rename_is_only_renamed(root, tmp_path, monkeypatch):
+    def die(*paths):
+        raise KeyboardInterrupt
+
+    recipe = recipe_of(root, train_epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "sync_folder", die)  # the first call is that of the step before 1
+        with pytest.raises(KeyboardInterrupt):
+            fit.fit(recipe, tmp_path / "none", device="cpu")
+        assert not list(tmp_path.iterdir())
+    last = fit.fit(recipe, tmp_path / "whole", device="cpu")
+    (tmp_path / "whole").rename(tmp_path / "out.part")
+    steps = []
+    again = fit.fit(
+        recipe, tmp_path / "out", device="cpu", on_step=lambda *step: steps.append(step)
+    )
+    assert again == last and not steps and verify(tmp_path / "out") == []
 
 
 def test_another_recipe_or_other_data_do_not_go_on(root, tmp_path):
@@ -548,3 +569,137 @@ def test_several_labels_an_image(root, tmp_path):
     truth, logits = torch.tensor([[1.0, 0], [1, 1]]), torch.tensor([[2.0, 3], [-1, 4]])
     records = task.record(None, logits, fit.Batch(None, truth))
     assert task.metrics(records)["f1"] == pytest.approx(200 * 2 / (2 * 2 + 1 + 1))
+
+
+SMALL = {"name": "test_convnext", "context": "xl", "region": 64, "dim": 16, "num_heads": 1,
+         "depth": 1, "chunk_regions": 2}  # fmt: skip
+
+
+@pytest.fixture
+def boxed(tmp_path):
+    """Bright rectangles on noise, in COCO JSON."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "annotations").mkdir()
+    for split, count in (("train", 4), ("val", 2)):
+        (tmp_path / split).mkdir()
+        images, notes = [], []
+        for i in range(count):
+            size = (128, 160 if split == "train" else 150)
+            pixels = rng.normal(60, 10, (*size, 3))
+            for j in range(3):
+                left, top = 10 + 45 * j, int(rng.integers(10, 80))
+                pixels[top : top + 34, left : left + 30] = 220
+                notes.append({"id": len(notes) + 1, "image_id": i, "category_id": 1,
+                              "bbox": [left, top, 30, 34], "area": 1020, "iscrowd": 0})  # fmt: skip
+            image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+            image.save(tmp_path / split / f"{i}.png")
+            images.append({"id": i, "file_name": f"{i}.png", "height": size[0], "width": size[1]})
+        table = {"images": images, "annotations": notes, "categories": [{"id": 1, "name": "x"}]}
+        (tmp_path / "annotations" / f"{split}.json").write_text(json.dumps(table))
+    return tmp_path
+
+
+def test_detection_trains_on_crops_and_is_measured_on_whole_images(boxed, tmp_path):
+    recipe = config.from_dict({
+        "model": SMALL,
+        "head": {"kind": "fcos", "dim": 32, "group": 2},
+        "data": {"form": "coco", "root": str(boxed), "size": 128},
+        "train": {"epochs": 4, "batch_size": 2, "lr": 3e-3, "workers": 0},
+    })  # fmt: skip
+    task = make_task(recipe)
+    assert task.length("train") == 8 and task.length("val") == 2
+    for index in range(8):
+        image, target = task.item("train", index, np.random.default_rng(index))
+        assert image.shape == (3, 128, 128)
+        for left, top, right, bottom in target["boxes"].round().int().tolist():
+            inside = image[:, top:bottom, left:right]
+            assert (inside == 220).all() and right > left  # the boxes went with the pixels
+    last = fit.fit(recipe, tmp_path / "out", device="cpu")
+    assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
+    assert 0 <= last["mAP"] <= last["mAP50"] <= 100 and "mAP_large" not in last
+    assert xm.XT.from_pretrained(tmp_path / "out" / "model").config.heads["boxes"]["classes"] == 1
+
+
+def test_what_was_found_is_compared_image_by_image(boxed):
+    recipe = config.from_dict({
+        "model": SMALL, "head": {"kind": "fcos"}, "data": {"form": "coco", "root": str(boxed)},
+    })  # fmt: skip
+    task = make_task(recipe)
+    data = task.data["val"]
+    perfect = [(i, data.boxes[i].tolist(), [0.9] * 3, data.labels[i].tolist()) for i in (1, 0)]
+    assert task.metrics(perfect)["mAP"] == pytest.approx(100)
+    swapped = [(1 - i, *rest) for i, *rest in perfect]
+    assert task.metrics(swapped)["mAP"] < 50
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    """Two scenes of speckle with a bright point at each detection."""
+    rng = np.random.default_rng(0)
+    header = ["scene_id", "detect_scene_row", "detect_scene_column", "is_vessel", "is_fishing",
+              "vessel_length_m", "distance_from_shore_km", "confidence"]  # fmt: skip
+    for split in ("train", "validation"):
+        (tmp_path / split / "abc").mkdir(parents=True)
+        bands = rng.normal(-20, 1, (2, 140, 150)).astype(np.float32)
+        rows = [["abc", 10 + 40 * i, 100 - 30 * i, True, i % 2 == 0, 50, 1 + 0.4 * i, "HIGH"]
+                for i in range(3)]  # fmt: skip
+        rows.append(["abc", 70, 20, "", "", "", "", "LOW"])
+        for _, row, col, *_ in rows:
+            bands[:, row, col] = 10
+        for name, band in zip(("VH", "VV"), bands, strict=True):
+            tifffile.imwrite(tmp_path / split / "abc" / f"{name}_dB.tif", band, tile=(64, 64))
+        with (tmp_path / f"{split}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([header, *rows])
+    (tmp_path / "shore").mkdir()
+    np.save(tmp_path / "shore" / "abc_shoreline.npy", np.array([[10.0, 0.0], [10.0, 99.0]]))
+    return tmp_path
+
+
+def vessels(root, **data):
+    return config.from_dict({
+        "model": SMALL | {"in_chans": 2, "mean": [-20, -20], "std": [5, 5]},
+        "head": {"kind": "xview3", "output_stride": 4, "decoder_channels": [16, 8, 8]},
+        "data": {"form": "xview3", "root": str(root), "size": 64} | data,
+        "augment": {"flip_vertical": 0.5, "rotate": True},
+        "train": {"epochs": 1, "batch_size": 3, "lr": 1e-3, "workers": 0},
+    })  # fmt: skip
+
+
+def test_vessels_train_and_are_scored_by_scene(scenes, tmp_path):
+    recipe = vessels(scenes, shorelines="shore", near=1.0)
+    task = make_task(recipe)
+    task.in_chans = 2
+    assert task.length("train") == task.length("val") == 9
+    for index in range(20):
+        image, target = task.item("train", index % 9, np.random.default_rng(index))
+        assert image.shape == (2, 64, 64) and len(target["row"]) >= 1
+        at = target["row"].long(), target["col"].long()
+        assert (image[:, *at] == 10).all()  # the points went with the pixels
+    last = fit.fit(recipe, tmp_path / "out", device="cpu")
+    assert {"aggregate", "detection_f1", "shore_f1", "length"} < set(last)
+    # What is found at its place in each crop is found at its place in the scene.
+    records = []
+    for tile in range(9):
+        _, target = task.item("val", tile, None)
+        names = ("row", "col", "is_vessel", "is_fishing", "length_m")
+        records.append((tile, {name: target[name].tolist() for name in names}))
+    scores = task.metrics(records[::-1])
+    assert scores["aggregate"] == pytest.approx(100) and scores["shore_f1"] == pytest.approx(100)
+    without = make_task(vessels(scenes))
+    assert without.metrics(records)["shore_f1"] == 0
+    assert without.metrics(records)["detection_f1"] == pytest.approx(100)
+
+
+def test_points_turn_with_their_image():
+    rng = np.random.default_rng(0)
+    augment = config.Augment(flip=0.5, flip_vertical=0.5, rotate=True)
+    seen = set()
+    for i in range(200):
+        shape = (5, 5) if i % 2 else (5, 8)
+        turn = Turn.draw(augment, shape, rng)
+        seen.add(turn)
+        image = torch.zeros(2, *shape)
+        image[:, 1, 3] = 1
+        ((row, col),) = turn.points(torch.tensor([[1.0, 3.0]]), shape).long().tolist()
+        assert turn.image(image)[:, row, col].eq(1).all() and turn.image(image).sum() == 2
+    assert len(seen) == 16

@@ -396,9 +396,10 @@ def test_xview3_scenes(xview3):
         assert (found[8:, 16:140].numpy() == band[8:, 16:]).all()
         assert (found[:8, :16] == -50).all() and (found[:, 140:] == -50).all()
     points = scenes.points[0]
-    assert points.shape == (2, len(COLUMNS))  # low confidence is not learned from
+    assert points.shape == (3, len(COLUMNS))
+    assert scenes.is_low(points).tolist() == [False, False, True]
     torch.testing.assert_close(
-        points,
+        points[:2],
         torch.tensor([[10, 20, 1, 0, 25.5, 1.5, 2],
                       [90, 130, 1, torch.nan, torch.nan, torch.nan, 1]], dtype=torch.float64),
         equal_nan=True,
@@ -407,7 +408,7 @@ def test_xview3_scenes(xview3):
     assert inside[:, :2].tolist() == [[5, 10]]
     assert scenes.shoreline(0).tolist() == [[1, 2], [3, 4.5], [9, 8]]
     low = data.XView3(root=str(root), confidence="low").read("train")
-    assert len(low.points[0]) == 3 and low.shoreline(0) is None
+    assert not low.is_low(points).any() and low.shoreline(0) is None
 
 
 def test_xview3_scene_as_one_file_of_two_bands(xview3):
@@ -443,7 +444,7 @@ def test_xview3_refuses_a_line(xview3, column, value, match):
 
 def test_xview3_refuses(xview3):
     root, bands = xview3
-    with pytest.raises(ValueError, match=r"confidence must be low, medium or high, got 'HIGH'"):
+    with pytest.raises(ValueError, match=r"confidence must be low, medium, high, got 'HIGH'"):
         data.XView3(root=str(root), confidence="HIGH")
     tifffile.imwrite(root / "train" / "ab12v" / "VV_dB.tif", bands["VV"][:50])
     with pytest.raises(ValueError, match="expected bands of one size"):

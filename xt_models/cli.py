@@ -637,7 +637,7 @@ def train_run(
 
     part_of(out)
     if root is not None:
-        changes["data.root"] = str(root.absolute())
+        changes["data.root"] = str(root.absolute())  # not beside CONFIG
     recipe = load(config, changes)
     with (
         _resumable(out),

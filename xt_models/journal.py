@@ -289,9 +289,9 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Writes `run.json` over all files of a folder, which `verify` then knows."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+def write_record(folder: Path, record: dict[str, Any], but: str = "") -> None:
+    """Writes `run.json` over all files of a folder but one; `verify` then knows them."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (RECORD, but))
     files = {str(path.relative_to(folder)): _synced_facts(path) for path in paths}
     write_synced(folder / RECORD, _record_bytes(record | {"files": files}))
 

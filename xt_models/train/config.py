@@ -230,7 +230,7 @@ def from_dict(tables: dict[str, Any], where: str | Path = "recipe", base: Path =
     data = dict(tables.get("data", {}))
     form = data.get("form", "folder")
     _rule(f"{where}: data.form", form in FORMS, f"one of {', '.join(FORMS)}", form)
-    data["root"] = str(base / data.get("root", "."))
+    data["root"] = str((base / data.get("root", ".")).absolute())
     return Recipe(
         _model(tables.get("model", {}), where),
         tables.get("head", {}),

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 
 import xt_kernels
 
-from ..journal import changes, locked, part_of, sync_folder, write_record
+from ..journal import RECORD, changes, locked, part_of, read_record, sync_folder, write_record
 from ..model import XT
 from ..registry import RandomWeightsWarning, create_model
 from .config import PRECISIONS, Recipe, Train
@@ -102,9 +102,11 @@ def fit(
     try:
         fitter = _Fitter(recipe, task, model, accelerator)
         with fitter.folder(Path(out)):
-            return fitter.run(on_start, on_step, on_validation)
+            last = fitter.run(on_start, on_step, on_validation)
+        accelerator.end_training()
+        return last
     finally:
-        AcceleratorState._reset_state(reset_partial_state=False)  # else precision is for ever
+        AcceleratorState._reset_state(reset_partial_state=True)  # device and precision were global
 
 
 def build_model(recipe: Recipe, task: Task) -> XT:
@@ -132,8 +134,6 @@ def _with_head(model: XT, fields: dict[str, Any]) -> XT:
     for name, tensor in new.state_dict().items():
         if name in known and known[name].shape == tensor.shape:
             tensor.copy_(known[name])
-        elif not name.startswith(("head.", "heads.")):
-            raise ValueError(f"model.weights: {name} must be {list(tensor.shape)}, is missing.")
     return new
 
 
@@ -265,6 +265,10 @@ class _Fitter:
     def _load(self) -> None:
         path = self.part / CHECKPOINT
         if not path.exists():
+            if (self.part / RECORD).exists():  # only the renaming is left to do
+                self.step = self.steps
+                self.last = (read_record(self.part) or {})["validation"]
+                return
             strange = [p.name for p in self.part.iterdir() if p.suffix != ".part"]
             if strange and self.is_main:
                 raise FileExistsError(
@@ -312,7 +316,9 @@ class _Fitter:
         on_validation: Callable[[dict[str, float]], object],
     ) -> dict[str, float]:
         """All steps that are left, then the model and the record."""
-        recipe, train, began = self.recipe, self.recipe.train, time.perf_counter()
+        if not (self.part / CHECKPOINT).exists() and self.step:
+            return self.last
+        train, began = self.recipe.train, time.perf_counter()
         objective, optimizer = self.accelerator.prepare(
             Objective(self.model, self.task), self.optimizer
         )
@@ -330,7 +336,7 @@ class _Fitter:
                     stack.enter_context(_Log(self.part / name, length))
                     for name, length in self.lengths.items()
                 )
-                board = _board(self.part)
+                board = _board(self.part, self.step)
                 stack.callback(board.close)
                 if not self.step:
                     self._save(log, validations)  # a kill before the first one starts again
@@ -361,24 +367,27 @@ class _Fitter:
                     self._save(log, validations)
         if self.is_main:
             self._keep("model")
+            record = self._record() | {"seconds_since_last_start": time.perf_counter() - began}
+            write_record(self.part, record, but=CHECKPOINT)
             (self.part / CHECKPOINT).unlink()
-            write_record(self.part, {
-                "recipe": recipe.to_dict(),
-                "steps": self.steps,
-                "validation": self.last,
-                "seconds_since_last_start": time.perf_counter() - began,
-                "processes": self.accelerator.num_processes,
-                "device": str(self.accelerator.device),
-                "versions": {
-                    "xt_kernels": xt_kernels.__version__,
-                    "torch": torch.__version__,
-                    "timm": version("timm"),
-                    "accelerate": version("accelerate"),
-                    "python": platform.python_version(),
-                },
-            })  # fmt: skip
         self.accelerator.wait_for_everyone()
         return self.last
+
+    def _record(self) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe.to_dict(),
+            "steps": self.steps,
+            "validation": self.last,
+            "processes": self.accelerator.num_processes,
+            "device": str(self.accelerator.device),
+            "versions": {
+                "xt_kernels": xt_kernels.__version__,
+                "torch": torch.__version__,
+                "timm": version("timm"),
+                "accelerate": version("accelerate"),
+                "python": platform.python_version(),
+            },
+        }
 
     def _step(
         self, objective: nn.Module, optimizer: Any, batches: Iterator[Batch]
@@ -476,9 +485,10 @@ class _Board:
             self._writer.close()
 
 
-def _board(folder: Path) -> _Board:
+def _board(folder: Path, step: int) -> _Board:
+    """Of a run that has done `step` steps."""
     if find_spec("tensorboard") is None:
         return _Board(None)
     from torch.utils.tensorboard import SummaryWriter
 
-    return _Board(SummaryWriter(str(folder / "tensorboard")))
+    return _Board(SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1))

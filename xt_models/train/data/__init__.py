@@ -14,6 +14,8 @@ FORMS: dict[str, type[Data]] = {
     "list": ImageList,
     "inaturalist": INaturalist,
     "masks": MaskPairs,
+    "coco": Coco,
+    "xview3": XView3,
 }
 """`data.form` of a recipe -> what reads it."""
 

@@ -39,7 +39,8 @@ _CSV = {
     "shore_km": "distance_from_shore_km",
     "confidence": "confidence",
 }
-_WORDS = {"true": 1.0, "false": 0.0, "low": 0.0, "medium": 1.0, "high": 2.0}
+_LEVELS = ("low", "medium", "high")
+_WORDS = {"true": 1.0, "false": 0.0} | {word: float(i) for i, word in enumerate(_LEVELS)}
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Scenes:
     """Scenes, the files of their bands, sizes (height, width) and detections.
 
     points: float64 `[N, len(COLUMNS)]` of each scene. shores: file of the shoreline, or None.
+    lowest: confidence of the points to learn from; unknown is enough.
     """
 
     classes: tuple[str, ...]
@@ -57,6 +59,7 @@ class Scenes:
     shores: Sequence[Path | None]
     empty: float
     fill: float
+    lowest: int
 
     def __len__(self) -> int:
         return len(self.names)
@@ -81,6 +84,10 @@ class Scenes:
         points[:, :2] -= torch.tensor([window.top, window.left])
         limit = torch.tensor([window.height, window.width])
         return points[((points[:, :2] >= 0) & (points[:, :2] < limit)).all(1)]
+
+    def is_low(self, points: torch.Tensor) -> torch.Tensor:
+        """Which of some points not to learn from, bool `[N]`."""
+        return points[:, COLUMNS.index("confidence")] < self.lowest
 
     def shoreline(self, index: int) -> np.ndarray[Any, np.dtype[np.float64]] | None:
         """Points (row, column) of a scene's shoreline `[N, 2]`, or None if no file is known."""
@@ -114,9 +121,9 @@ class XView3(Data):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.confidence not in ("low", "medium", "high"):
+        if self.confidence not in _LEVELS:
             raise ValueError(
-                f"data.confidence must be low, medium or high, got {self.confidence!r}."
+                f"data.confidence must be {', '.join(_LEVELS)}, got {self.confidence!r}."
             )
         if not 0 <= self.near <= 1:
             raise ValueError(f"data.near must be in 0..1, got {self.near}.")
@@ -142,7 +149,8 @@ class XView3(Data):
                 raise ValueError(f"data.shorelines must hold {path.name}, missing {path}.")
         names = list(found)
         return Scenes(("vessel", "fishing"), names, list(found.values()), sizes,
-                      [points[name] for name in names], known, self.empty, self.fill)  # fmt: skip
+                      [points[name] for name in names], known, self.empty, self.fill,
+                      _LEVELS.index(self.confidence))  # fmt: skip
 
     def _files(self, path: Path) -> tuple[Path, ...]:
         """The files of a scene's bands, none if `path` is no scene."""
@@ -157,7 +165,6 @@ class XView3(Data):
     def _points(self, path: Path, sizes: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
         if not path.is_file():
             raise ValueError(f"{path}: expected a CSV file of detections, found none.")
-        lowest = {"low": 0, "medium": 1, "high": 2}[self.confidence]
         out: dict[str, list[list[float]]] = {name: [] for name in sizes}
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
@@ -176,8 +183,7 @@ class XView3(Data):
                         f"{path}, line {line}: a detection must lie in its scene of {rows} x "
                         f"{cols} px, got row {point[0]:g}, column {point[1]:g}."
                     )
-                if not point[-1] < lowest:  # unknown is kept
-                    out[name].append(point)
+                out[name].append(point)
         return {
             name: torch.tensor(rows, dtype=torch.float64).view(-1, len(COLUMNS))
             for name, rows in out.items()

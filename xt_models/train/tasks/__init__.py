@@ -3,13 +3,17 @@
 from ..config import Recipe
 from .base import Batch, InOrder, Order, Task, seeded
 from .classification import Classification
+from .detection import Detection
 from .segmentation import Segmentation
+from .vessels import Vessels
 
 __all__ = ["Batch", "InOrder", "Order", "Task", "make_task", "seeded"]
 
 TASKS: dict[str, type[Task]] = {
     "classification": Classification,
     "segmentation": Segmentation,
+    "detection": Detection,
+    "vessels": Vessels,
 }
 """`Data.task` -> what trains it."""
 

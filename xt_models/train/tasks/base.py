@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -148,20 +148,34 @@ def seeded(*numbers: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def turns(
-    augment: Augment, shape: tuple[int, int], rng: np.random.Generator
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A random mirror image and turn, the same for every tensor `[.., H, W]` it is called with; by
-    90 degrees only where `shape` is square."""
-    flip, flip_vertical = rng.random(2) < (augment.flip, augment.flip_vertical)
-    step = 1 if shape[0] == shape[1] else 2
-    quarters = step * int(rng.integers(4 // step)) if augment.rotate else 0
+class Turn(NamedTuple):
+    """Mirror images left to right and top to bottom, then turns by 90 degrees, anticlockwise."""
 
-    def turn(tensor: torch.Tensor) -> torch.Tensor:
-        axes = [axis for axis, on in ((-1, flip), (-2, flip_vertical)) if on]
-        return tensor.flip(axes).rot90(quarters, (-2, -1)).contiguous()
+    flip: bool
+    flip_vertical: bool
+    quarters: int
 
-    return turn
+    @classmethod
+    def draw(cls, augment: Augment, shape: tuple[int, int], rng: np.random.Generator) -> Turn:
+        """A random one as the recipe says; by 90 degrees only where `shape` is square."""
+        flip, flip_vertical = rng.random(2) < (augment.flip, augment.flip_vertical)
+        step = 1 if shape[0] == shape[1] else 2
+        quarters = step * int(rng.integers(4 // step)) if augment.rotate else 0
+        return cls(bool(flip), bool(flip_vertical), quarters)
+
+    def image(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`[.., H, W]`."""
+        axes = [axis for axis, on in ((-1, self.flip), (-2, self.flip_vertical)) if on]
+        return tensor.flip(axes).rot90(self.quarters, (-2, -1)).contiguous()
+
+    def points(self, points: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        """Rows and columns of pixels `[N, 2]` on an image of `shape`."""
+        (height, width), (row, col) = shape, points.unbind(1)
+        col = width - 1 - col if self.flip else col
+        row = height - 1 - row if self.flip_vertical else row
+        for _ in range(self.quarters):
+            row, col, height, width = width - 1 - col, row, width, height
+        return torch.stack([row, col], 1)
 
 
 def stack(images: list[torch.Tensor]) -> torch.Tensor:

@@ -11,7 +11,7 @@ from ...model import XT
 from ...source import open_image
 from ..config import Recipe
 from ..data import Labels, Window, middle_window, random_window, read_crop
-from .base import Batch, Task, turns
+from .base import Batch, Task, Turn
 
 
 class Classification(Task):
@@ -58,7 +58,7 @@ class Classification(Task):
                 source, window, shape, bands=recipe.data.bands, in_chans=self.in_chans
             )
         if rng is not None:
-            image = turns(recipe.augment, shape, rng)(image)
+            image = Turn.draw(recipe.augment, shape, rng).image(image)
             if self._augment is not None:
                 image = self._augmented(image, path)
         label = data.labels[index]

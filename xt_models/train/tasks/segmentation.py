@@ -11,7 +11,7 @@ from ...model import XT
 from ..config import Recipe
 from ..data import Tiles, read_crop
 from ..data.masks import IGNORED, Masked, reduce_mask
-from .base import Batch, Task, turns
+from .base import Batch, Task, Turn
 
 
 class Segmentation(Task):
@@ -55,8 +55,8 @@ class Segmentation(Task):
         )
         mask = data.mask(number, window)
         if rng is not None:
-            turn = turns(self.recipe.augment, self.recipe.data.shape, rng)
-            image, mask = turn(image), turn(mask)
+            turn = Turn.draw(self.recipe.augment, self.recipe.data.shape, rng)
+            image, mask = turn.image(image), turn.image(mask)
         return image, reduce_mask(mask, self.stride)
 
     def record(self, model: XT, output: torch.Tensor, batch: Batch) -> list[Any]:
