@@ -3,8 +3,9 @@ GeoJSON, scores."""
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from .group_walk import GroupWalk, Held, Piece
 from .heads import Group
 from .heads.boxes import Boxes, BoxHead
 from .heads.dense import MapHead, own_part
+from .heads.xview3 import Points, XView3Head
 from .model import XT
 from .output import MapWriter, map_attributes
 from .source import ImageSource
@@ -109,9 +111,14 @@ class HeadOutputs:
         return new
 
     def finish(self) -> tuple[dict[str, Any], list[Path]]:
-        """(boxes by head, the files that are new), once all chunks were taken."""
+        """(boxes or points by head, the files that are new), once all chunks were taken."""
         files = [path for file in self._maps.values() for path in file.finish()]
         found: dict[str, Any] = {}
+        for name, file in self._maps.items():
+            if isinstance(file.head, XView3Head) and self._folder is not None:
+                points = file.points(file.head)
+                found[name] = {key: value.numpy() for key, value in points.items()}
+                files += write_points(self._folder, name, self._source, found[name])
         for name, head in self._boxes.items():
             boxes = head.merge(self._found[name])
             found[name] = {key: value.numpy() for key, value in boxes.items()}
@@ -139,7 +146,7 @@ class MapFile:
     ) -> None:
         head = model.group_heads[name]
         assert isinstance(head, MapHead)
-        self._head, self._logits, self._kind = head, maps == "logits", kind
+        self.head, self._logits, self._kind = head, maps == "logits", kind
         self._grid = grid = model.grid(source.height, source.width)
         self._source, self._path = source, folder / f"{name}.{kind}"
         self._array = self._path if kind == "zarr" else scratch / f"{name}.zarr"
@@ -155,9 +162,9 @@ class MapFile:
 
     def add(self, group: Group, raw: torch.Tensor, left_out: set[int]) -> None:
         """Writes the regions of a group that belong to no group before it."""
-        values = raw if self._logits else self._head.predict(raw)
+        values = raw if self._logits else self.head.predict(raw)
         values = values[None] if values.dim() == 3 else values  # classes have no channel
-        side = self._grid.region // self._head.output_stride
+        side = self._grid.region // self.head.output_stride
         own = own_part(values[0], group, side).permute(1, 2, 0)
         cells = own.cpu().to(torch.float32 if self._dtype.kind == "f" else own.dtype).numpy()
         row, col, rows, cols = group.own
@@ -174,6 +181,24 @@ class MapFile:
             return []
         write_tiff(self._path, self._array, self._source.metadata, self._attributes)
         return [self._path]
+
+    def points(self, head: XView3Head) -> Points:
+        """The objects in the map, read in bands of whole blocks with two rows on each side."""
+        import zarr
+
+        data = zarr.open_array(str(self._array), mode="r")
+        height, step = data.shape[0], data.chunks[0]
+        parts = []
+        for top in range(0, height, step):
+            first, last = max(top - 2, 0), min(top + step + 2, height)
+            band = torch.from_numpy(np.asarray(data[first:last])).permute(2, 0, 1)
+            if self._logits:
+                band = head.predict(band[None])[0]
+            end = min(top + step, height)
+            found = head.points(band, (top - first, end - first))
+            found["row"] = found["row"] + first * head.output_stride
+            parts.append(found)
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def map_type(head: MapHead, maps: Maps) -> tuple[str, int, float]:
@@ -303,8 +328,75 @@ def write_boxes(
         ],
     }
     coco.write_text(json.dumps(record))
+    place = _placer(source)
+    features = (
+        _feature(
+            "Polygon",
+            [[place(x, y) for x, y in ((x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0))]],
+            {"label": int(label), "score": float(score)},
+        )
+        for (x0, y0, x1, y1), score, label in zip(
+            boxes.astype(float).tolist(), scores, labels, strict=True
+        )
+    )
+    _write_geojson(geojson, source, features)
+    return [coco, geojson]
+
+
+def write_points(
+    folder: Path, name: str, source: ImageSource, found: dict[str, np.ndarray[Any, Any]]
+) -> list[Path]:
+    """`<name>.csv` with the columns of xView3's predictions and the scores behind them;
+    `<name>.geojson`, points at the centres of pixels, as `write_boxes`."""
+    table, geojson = folder / f"{name}.csv", folder / f"{name}.geojson"
+    rows = list(zip(*(found[key].tolist() for key in _POINTS), strict=True))
+    with table.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            "scene_id detect_scene_row detect_scene_column is_vessel is_fishing vessel_length_m "
+            "score vessel_score fishing_score".split()
+        )
+        for row, col, vessel, fishing, length, score in rows:
+            answers = row, col, vessel >= 0.5, fishing >= 0.5, length
+            writer.writerow([Path(source.name).stem, *answers, score, vessel, fishing])
+    place = _placer(source)
+    features = (
+        _feature(
+            "Point",
+            place(point[1] + 0.5, point[0] + 0.5),
+            dict(zip(_POINTS[2:], point[2:], strict=True)),
+        )
+        for point in rows
+    )
+    _write_geojson(geojson, source, features)
+    return [table, geojson]
+
+
+_POINTS = ("row", "col", "is_vessel", "is_fishing", "length_m", "score")
+
+
+def read_points(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """What `write_points` was given, from its table."""
+    columns = (1, 2, 7, 8, 5, 6)
+    with path.open(newline="") as file:
+        rows = [[float(row[i]) for i in columns] for row in list(csv.reader(file))[1:]]
+    values = np.array(rows, dtype=np.float32).reshape(-1, len(columns)).T
+    return dict(zip(_POINTS, values, strict=True))
+
+
+def _placer(source: ImageSource) -> Callable[[float, float], list[float]]:
+    """(x, y) in pixels -> coordinates, those of the image where it has some."""
     a, b, c, d, e, f = source.metadata.get("transform", (1, 0, 0, 0, 1, 0))
-    with geojson.open("w") as file:
+    return lambda x, y: [a * x + b * y + c, d * x + e * y + f]
+
+
+def _feature(kind: str, coordinates: list[Any], properties: dict[str, Any]) -> dict[str, Any]:
+    geometry = {"type": kind, "coordinates": coordinates}
+    return {"type": "Feature", "geometry": geometry, "properties": properties}
+
+
+def _write_geojson(path: Path, source: ImageSource, features: Iterable[dict[str, Any]]) -> None:
+    with path.open("w") as file:
         file.write('{"type": "FeatureCollection", ')
         crs = str(source.metadata.get("crs", ""))
         if crs.startswith("EPSG:") and "transform" in source.metadata:
@@ -312,20 +404,9 @@ def write_boxes(
             member = {"type": "name", "properties": {"name": urn}}
             file.write(f'"crs": {json.dumps(member)}, ')
         file.write('"features": [')
-        for i, (box, score, label) in enumerate(zip(boxes, scores, labels, strict=True)):
-            left, top, right, bottom = box.astype(float).tolist()
-            ring = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
-            feature = {
-                "type": "Feature",
-                "geometry": {
-                    "type": "Polygon",
-                    "coordinates": [[[a * x + b * y + c, d * x + e * y + f] for x, y in ring]],
-                },
-                "properties": {"label": int(label), "score": float(score)},
-            }
+        for i, feature in enumerate(features):
             file.write((",\n" if i else "\n") + json.dumps(feature))
         file.write("\n]}\n")
-    return [coco, geojson]
 
 
 def read_boxes(path: Path) -> dict[str, np.ndarray[Any, Any]]:

@@ -34,11 +34,12 @@ from .grid import Step
 from .group_walk import Piece
 from .heads.boxes import BoxHead
 from .heads.classification import Classifier
+from .heads.xview3 import XView3Head
 from .host import current_rss, peak_rss, reset_peak_rss
 from .journal import Run, identity_of, open_run
 from .model import XT, Encoded
 from .output import Thumbnail, TokenMapWriter, WriteBehind, write_embedding, write_preview
-from .predictions import HeadOutputs, MapFormat, Maps, read_boxes
+from .predictions import HeadOutputs, MapFormat, Maps, read_boxes, read_points
 from .profiling import Profile, Spans, no_spans
 from .reading import Key, LeftOut, ReadAhead, Reader, Window, region_pixels
 from .source import ImageSource, SourceError, open_image
@@ -109,7 +110,7 @@ class StreamStats:
 @dataclass(frozen=True)
 class StreamResult:
     """embedding `[C]` and logits `[classes]` or None, float32; stats; out: folder or None; heads,
-    by name: scores `[classes]`, or {"boxes", "scores", "labels"}; maps are in files only.
+    by name: scores `[classes]`; boxes, scores, labels; or points; maps are in files only.
     """
 
     embedding: np.ndarray[Any, np.dtype[np.float32]]
@@ -549,6 +550,8 @@ class _Streamed:
             for name, head in self._model.heads.items() if self._files.heads else ():
                 if isinstance(head, BoxHead):
                     self.heads[name] = read_boxes(run.part / f"{name}.json")
+                elif isinstance(head, XView3Head):
+                    self.heads[name] = read_points(run.part / f"{name}.csv")
                 elif isinstance(head, Classifier):
                     scores = written["heads"][name]["scores"]
                     self.heads[name] = np.array(scores, dtype=np.float32)

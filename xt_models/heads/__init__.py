@@ -29,6 +29,7 @@ KINDS = {
     "segmentation": ("segmentation", "SegmentationHead"),
     "fcos": ("detection", "FcosHead"),
     "detr": ("detection", "DetrHead"),
+    "xview3": ("xview3", "XView3Head"),
 }
 """Kind of head -> module and callable that builds it: `callable(trunk, **options)`."""
 
