@@ -77,6 +77,15 @@ def losses(out):
         return [float(row["loss"]) for row in csv.DictReader(file)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Runs that are compared bit by bit have as many threads as their child processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def trained(root, tmp_path_factory):
     """A run that nobody stopped, of a recipe with every random choice that there is."""
@@ -87,10 +96,9 @@ def trained(root, tmp_path_factory):
 
 def test_a_run_leaves_a_model_logs_and_a_record(trained, root):
     out, last = trained
-    names = {"best", "classes.json", "log.csv", "model", "run.json", "tensorboard",
-             "validation.csv"}  # fmt: skip
+    names = {"best", "log.csv", "model", "run.json", "tensorboard", "validation.csv"}
     assert {path.name for path in out.iterdir()} == names and verify(out) == []
-    assert json.loads((out / "classes.json").read_text()) == ["dark", "light"]
+    assert json.loads((out / "model" / "classes.json").read_text()) == ["dark", "light"]
     rows = list(csv.DictReader((out / "log.csv").open()))
     assert [int(row["step"]) for row in rows] == list(range(1, 10))  # 2 x 18 images by 4
     rates = [float(row["lr"]) for row in rows]
@@ -130,7 +138,7 @@ def child(code, *words, **env):
 
 
 def same(a, b):
-    for name in ("log.csv", "validation.csv", "classes.json"):
+    for name in ("log.csv", "validation.csv", "best/classes.json"):
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
     for name in ("model", "best"):
         one, two = (load_file(folder / name / "model.safetensors") for folder in (a, b))
@@ -140,23 +148,19 @@ def same(a, b):
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(trained, root, tmp_path):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        fit.fit(recipe_of(root), tmp_path / "whole", device="cpu")
-        process = child(KILLED, root, tmp_path / "out", 8)
-        _, said = process.communicate()
-        assert process.returncode == -9, said
-        assert (tmp_path / "out.part" / "checkpoint.pt").exists()
-        seen = []
-        fit.fit(recipe_of(root), tmp_path / "out", device="cpu",
-                on_start=lambda step, steps: seen.append((step, steps)),
-                on_step=lambda step, loss: seen.append(step))  # fmt: skip
-        assert seen == [(6, 9), 7, 8, 9]
-        same(tmp_path / "out", tmp_path / "whole")
-        assert not (tmp_path / "out.part").exists()
-    finally:
-        torch.set_num_threads(threads)
+    process = child(KILLED, root, tmp_path / "out", 8)
+    _, said = process.communicate()
+    assert process.returncode == -9, said
+    assert (tmp_path / "out.part" / "checkpoint.pt").exists()
+    seen = []
+    fit.fit(
+        recipe_of(root), tmp_path / "out", device="cpu",
+        on_start=lambda step, steps: seen.append((step, steps)),
+        on_step=lambda step, loss: seen.append(step),
+    )  # fmt: skip
+    assert seen == [(6, 9), 7, 8, 9]
+    same(tmp_path / "out", trained[0])
+    assert not (tmp_path / "out.part").exists()
 
 
 @pytest.mark.parametrize("at", [1, 4])
@@ -271,6 +275,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(root, tmp_path):
         ("[data]\nform = 'folders'", r"data\.form must be one of folder, "),
         ("[model]\ncontext = 'lstm'", r"model\.context must be one of xl, hyper, mamba, vit, none"),
         ("[model]\nweights = 'x'\nregion = 3", r"model must be weights alone"),
+        ("[model]\nweights = 'x'", r"model\.weights must be a folder of a saved model, .* got 'x'"),
         ("[model]\ngradient = 3", r"model\.gradient must be str, got 3"),
         ("epochs = ", r"expected TOML, found: "),
         ("epochs = 3", r"unknown key 'epochs'"),
@@ -532,6 +537,9 @@ def test_a_run_may_start_from_a_saved_model(trained, root, tmp_path):
         "data": {"root": str(root), "size": 64},
         "train": {"lr": 1e-30, "epochs": 0.2, "batch_size": 4, "workers": 0},
     })  # fmt: skip
+    path = tmp_path / "mine.toml"
+    path.write_text("[model]\nregion = 96")  # what is changed to saved weights is all of [model]
+    assert config.load(path, {"model.weights": trained[0] / "model"}).model == start.model
     fit.fit(start, tmp_path / "out", device="cpu")
     before, after = (
         load_file(folder / "model" / "model.safetensors")

@@ -6,7 +6,7 @@
     [augment]  `Augment`
     [train]    `Train`
 
-Paths below [data] are relative to its `root`, and `root` to the file. `base`, above the tables,
+Paths below [data] are relative to its `root`; `root` and `weights` to the file. `base`, above the tables,
 names another recipe, whose values hold where this one gives none.
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from types import NoneType, UnionType
@@ -130,7 +130,7 @@ class Model:
 
     name, context: as in `create_model`; context "none" for no context encoder. pretrained: timm's
         weights in the region encoder. weights: folder of a saved model to start from, whose fields
-        then must not be given; its head is kept where the number of classes is the same.
+        then must not be given; its head is kept where its shapes are the same.
     fields: of `XTConfig`; chunk_regions 0 is the whole image.
     """
 
@@ -169,7 +169,8 @@ def describe(path: Path) -> str:
 def load(name: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe of a TOML file, or of a shipped name.
 
-    changes: values by dotted key, such as {"train.epochs": 3}, that replace those of the file.
+    changes: values by dotted key, such as {"train.epochs": 3}, that replace those of the file;
+        "model.weights" replaces all of its [model], and starts where the user stands.
 
     Raises ValueError for an unknown key, a value of another type or out of range;
     FileNotFoundError if there is neither such a file nor such a name.
@@ -180,6 +181,8 @@ def load(name: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
         table, _, inner = key.partition(".")
         if not inner:
             raise ValueError(f"{path}: a changed key must be TABLE.KEY, got {key!r}.")
+        if key == "model.weights":
+            tables[table], value = {}, str(Path(value).absolute())
         tables.setdefault(table, {})[inner] = value
     # A shipped recipe has no data beside it: there `root` starts where the user stands.
     return from_dict(tables, path, Path() if path.parent == _FOLDER else path.parent)
@@ -232,7 +235,7 @@ def from_dict(tables: dict[str, Any], where: str | Path = "recipe", base: Path =
     _rule(f"{where}: data.form", form in FORMS, f"one of {', '.join(FORMS)}", form)
     data["root"] = str((base / data.get("root", ".")).absolute())
     return Recipe(
-        _model(tables.get("model", {}), where),
+        _model(tables.get("model", {}), where, base),
         tables.get("head", {}),
         _build(FORMS[form], data, f"{where}: data"),
         _build(Augment, tables.get("augment", {}), f"{where}: augment"),
@@ -240,7 +243,7 @@ def from_dict(tables: dict[str, Any], where: str | Path = "recipe", base: Path =
     )
 
 
-def _model(table: dict[str, Any], where: str | Path) -> Model:
+def _model(table: dict[str, Any], where: str | Path, base: Path) -> Model:
     own = [f.name for f in fields(Model) if f.name != "fields"]
     reserved = ("encoder", "num_classes", "context", "heads")
     others = [f.name for f in fields(XTConfig) if f.name not in reserved]
@@ -258,7 +261,11 @@ def _model(table: dict[str, Any], where: str | Path) -> Model:
     if model.weights:
         given = [key for key in table if key != "weights"]
         _rule(f"{where}: model", not given, "weights alone, which define a model", given)
-    return Model(model.name, model.context, model.pretrained, model.weights, rest)
+        folder = (base / model.weights).absolute()
+        saved = "a folder of a saved model, with config.json"
+        _rule(f"{where}: model.weights", (folder / "config.json").is_file(), saved, model.weights)
+        return Model(weights=str(folder))
+    return replace(model, fields=rest)
 
 
 def _build(kind: type[T], table: dict[str, Any], where: str) -> T:

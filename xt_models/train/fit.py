@@ -3,9 +3,9 @@
 OUT.part/            locked by the run that writes it; becomes OUT at the end
   checkpoint.pt      weights, optimizer, step, lengths of the logs: what a run goes on from
   log.csv            a line a step; validation.csv a line a validation
-  best/              the model with the best metric so far, as `save_pretrained` leaves it
-  model/             the model at the end
-  classes.json       names of the classes, in the order of the logits
+  best/              the model with the best metric so far, as `save_pretrained` leaves it, and
+                     classes.json, the names of its classes in order
+  model/             the same at the end
   run.json           written last: recipe, results, versions, checksums of all files
 """
 
@@ -331,7 +331,6 @@ class _Fitter:
         with ExitStack() as stack:
             if self.is_main:
                 on_start(self.step, self.steps)
-                self._write_classes()
                 log, validations = (
                     stack.enter_context(_Log(self.part / name, length))
                     for name, length in self.lengths.items()
@@ -456,15 +455,13 @@ class _Fitter:
         moved: Batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
         return moved
 
-    def _write_classes(self) -> None:
-        names = json.dumps(list(self.task.classes), indent=1, ensure_ascii=False)
-        (self.part / "classes.json").write_text(names + "\n")
-
     def _keep(self, name: str) -> None:
         """Saves the model as the folder `name`, whole or not at all."""
         part = self.part / f"{name}.part"
         shutil.rmtree(part, ignore_errors=True)
         self.model.save_pretrained(part)
+        names = json.dumps(list(self.task.classes), indent=1, ensure_ascii=False)
+        (part / "classes.json").write_text(names + "\n")
         shutil.rmtree(self.part / name, ignore_errors=True)
         os.rename(part, self.part / name)
 
