@@ -114,12 +114,12 @@ def test_ceilings_hold_on_the_test_set_even_for_one_who_knows_it(digits):
     assert (layout.named != layout.cue).all()
 
 
-@pytest.mark.parametrize("name", list(cue.ROWS))
+@pytest.mark.parametrize("name", list(cue.ALL_ROWS))
 def test_a_row_sees_what_its_ceiling_says(name, digits):
     """The same digits and cue in other places: a bag cannot tell, a context can."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = cue.CueDigits(cue.ROWS[name]).eval().double()
+        model = cue.CueDigits(cue.ALL_ROWS[name]).eval().double()
 
     def logits(layout):
         with torch.no_grad():
@@ -130,7 +130,7 @@ def test_a_row_sees_what_its_ceiling_says(name, digits):
     b = a._replace(digits=a.digits.roll(1, 1), cue=a.cue + 1)
     x, y = logits(a), logits(b)
     assert x.shape == (64, 10)
-    assert cue.ROWS[name].ceiling == {
+    assert cue.ALL_ROWS[name].ceiling == {
         "downsampled": 10, "32/32": 10, "one-region": 40, "bag": 43, "xl-no-memory": 43,
         "mamba-no-state": 43,
     }.get(name)  # fmt: skip
@@ -156,7 +156,7 @@ def test_a_row_sees_what_its_ceiling_says(name, digits):
 )
 def test_only_one_row_sends_gradient_through_memory(name, through, digits):
     """The last chunk's class token reaches the pixels of the chunks before it, or does not."""
-    model = cue.CueDigits(cue.ROWS[name]).eval()
+    model = cue.CueDigits(cue.ALL_ROWS[name]).eval()
     layout = layout_of(digits, 4)
     images = cue.render(digits[0], layout).requires_grad_()
     seen = []
@@ -222,6 +222,35 @@ def test_the_command_leaves_a_table_curves_and_a_picture(tmp_path):
         assert picture.width > 1000
     refused = xt("-o", out)
     assert refused.exit_code == 1 and "out exists already" in refused.output
+
+
+@pytest.mark.parametrize("what", list(cue.ABLATIONS))
+def test_an_ablation_is_a_table_of_its_rows(what, tmp_path, monkeypatch):
+    seen = []
+
+    def write(out, rows, **options):
+        seen.append((rows, options["seeds"], options["steps"], options["jobs"]))
+        runs = [table.Run(row, 0, [cue.Point(1, 1.0, 50.0)], 1.0) for row in rows]
+        return table._summary(rows, runs, 1, 1, 1)
+
+    monkeypatch.setattr(table, "write_table", write)
+    command = ["train", "ablate", what, "-o", str(tmp_path / "out"), "--seeds", "2", "--jobs", "2"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    assert seen == [(list(cue.ABLATIONS[what]), 2, cue.STEPS, 2)]
+    for name in cue.ABLATIONS[what]:
+        assert f"{name} " in result.output and cue.ALL_ROWS[name].title in result.output
+
+
+def test_the_ablations_are_what_they_say():
+    def size(name):
+        return sum(p.numel() for p in cue.CueDigits(cue.ALL_ROWS[name]).parameters())
+
+    assert size("depth-4") - size("64/32") == 2 * (size("64/32") - size("depth-1")) > 0
+    assert size("vit") == size("64/32") == size("64/16")
+    causal, free = (cue.CueDigits(cue.ALL_ROWS[name]).context.layers[0].mixer.causal
+                    for name in ("64/32", "vit"))  # fmt: skip
+    assert causal and not free
 
 
 def test_the_interval_is_students():

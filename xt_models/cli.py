@@ -672,29 +672,58 @@ def _numbers_line(found: dict[str, float]) -> str:
     return f"step {found['step']}, epoch {found['epoch']:.4g}: " + ", ".join(rest)
 
 
+def _table_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(
+        [
+            click.option("-o", "--out", required=True, type=click.Path(path_type=Path),
+                         help="Folder to make."),
+            click.option("--seeds", type=click.IntRange(1), default=3, show_default=True,
+                         help="Runs of each row; seeds count from 0."),
+            click.option("--steps", type=click.IntRange(1), default=1000, show_default=True,
+                         help="Batches of 64 images a run."),
+            click.option("--jobs", type=click.IntRange(1), default=1, show_default=True,
+                         help="Runs at a time, one thread each."),
+        ]
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 @train_.command("cue-digits")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
 @click.option("--rows", help="Rows to train, with commas between, e.g. 64/32,xl-through; all.")
-@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True,
-              help="Runs of each row; seeds count from 0.")  # fmt: skip
-@click.option("--steps", type=click.IntRange(1), default=1000, show_default=True,
-              help="Batches of 64 images a run.")  # fmt: skip
-@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True,
-              help="Runs at a time, one thread each.")  # fmt: skip
-def cue_digits(out: Path, rows: str | None, seeds: int, steps: int, jobs: int) -> None:
+@_table_options
+def cue_digits(rows: str | None, **options: Any) -> None:
     """The proof that context matters: the label is in one region, its place in another."""
+    from .train.cue_digits import ROWS
+
+    names = list(ROWS) if rows is None else list(dict.fromkeys(rows.split(",")))
+    _train_table("cue-digits", names, **options)
+
+
+@train_.command()
+@click.argument("what", type=click.Choice(["encoder", "depth", "resolution", "locality"]))
+@_table_options
+def ablate(what: str, **options: Any) -> None:
+    """The paper's ablations (tables 5a, 5b, 5c, 6) on the task of cue-digits."""
+    from .train.cue_digits import ABLATIONS
+
+    _train_table(what, list(ABLATIONS[what]), **options)
+
+
+def _train_table(
+    title: str, names: list[str], out: Path, seeds: int, steps: int, jobs: int
+) -> None:
+    """Trains rows of cue-digits, fills `out` and prints the table."""
     from tqdm import tqdm
 
     from .output import check_output
-    from .train.cue_digits import ROWS
     from .train.table import check_row, format_table, write_table
 
     check_output(out)
-    names = list(ROWS) if rows is None else list(dict.fromkeys(rows.split(",")))
     for name in names:
         check_row(name)
     total = len(names) * seeds * steps
-    with tqdm(total=total, unit=" steps", desc="cue-digits", file=sys.stderr) as bar:
+    with tqdm(total=total, unit=" steps", desc=title, file=sys.stderr) as bar:
 
         def tell(run: Run) -> None:
             accuracy = f"{run.points[-1].accuracy:.1f} %"

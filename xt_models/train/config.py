@@ -6,8 +6,8 @@
     [augment]  `Augment`
     [train]    `Train`
 
-Paths below [data] are relative to its `root`; `root` and `weights` to the file. `base`, above the tables,
-names another recipe, whose values hold where this one gives none.
+Paths below [data] are relative to its `root`; `root` and `weights` to the file. `base`, above the
+tables, names another recipe, whose values hold where this one gives none.
 """
 
 from __future__ import annotations

@@ -57,6 +57,7 @@ class Row:
     mixer: "attention" or "mamba".
     memory: None, or the `gradient` of the memory that each chunk passes to the next ones.
     position: tokens know their place in the "image", or in their "region" only.
+    depth, causal: of the context encoder. side: of the regions that are encoded, pixels.
     each: weight of the mean loss of each chunk's own prediction, added to that of their average.
     ceiling: highest possible accuracy, in percent; None where nothing bounds it.
     """
@@ -68,6 +69,9 @@ class Row:
     mixer: str = "attention"
     memory: str | None = None
     position: str = "image"
+    depth: int = DEPTH
+    causal: bool = True
+    side: int = REGION
     each: float = 0.0
     ceiling: float | None = None
 
@@ -94,6 +98,23 @@ ROWS = {
         "Mamba, state, gradient through it", chunk=1, mixer="mamba", memory="through"
     ),
 }
+
+ABLATIONS = {
+    "encoder": ("vit", "64/32", "mamba"),
+    "depth": ("depth-1", "64/32", "depth-4"),
+    "resolution": ("downsampled", "32/32", "64/32"),
+    "locality": ("whole", "64/32", "64/16"),
+}
+"""The paper's ablations (tables 5a, 5b, 5c and 6) on this task: name -> rows."""
+
+ALL_ROWS = ROWS | {
+    "vit": Row("attention, not causal", causal=False),
+    "depth-1": Row("64/32, context encoder of 1 layer", depth=1),
+    "depth-4": Row("64/32, context encoder of 4 layers", depth=4),
+    "whole": Row("the image as one region, no context", context=False, side=SIDE),
+    "64/16": Row("64/16, context over 16 smaller regions", side=16, chunk=16),
+}
+"""`ROWS`, and those of the ablations alone."""
 
 
 class Digits(NamedTuple):
@@ -249,17 +270,17 @@ class CueDigits(nn.Module):
         self.context: ContextEncoder | MambaContextEncoder | None = None
         if row.mixer == "mamba":
             self.context = MambaContextEncoder(
-                DIM, 2 * DEPTH, carry=row.memory is not None, gradient=row.memory or "stop"
+                DIM, 2 * row.depth, carry=row.memory is not None, gradient=row.memory or "stop"
             )
         elif row.context:
             self.context = ContextEncoder(
                 DIM,
-                DEPTH,
+                row.depth,
                 HEADS,
                 attention="exact",
                 memory_chunks=0 if row.memory is None else GRID.num_regions - 1,
                 gradient=row.memory or "stop",
-                causal=True,
+                causal=row.causal,
             )
         if row.context:
             self.class_token = nn.Parameter(torch.empty(1, 1, DIM).normal_(std=0.02))
@@ -269,19 +290,19 @@ class CueDigits(nn.Module):
         """images `[B, 1, 64, 64]`, seen `[B]` (a region number) -> logits `[B, 10]`, and those that
         each chunk gives alone, `[B, chunks, 10]`.
         """
-        grid = GRID
+        grid = RegionGrid(SIDE, SIDE, self.row.side)
         if self.row.view == "small":
             images, grid = F.avg_pool2d(images, 2), RegionGrid(REGION, REGION, REGION)
-        regions = extract_regions(images, grid, dtype=images.dtype)  # [B, R, 1, 32, 32]
+        regions = extract_regions(images, grid, dtype=images.dtype)  # [B, R, 1, s, s]
         if self.row.view == "region":
             regions = regions[torch.arange(len(seen)), seen][:, None]
         features = self.encoder(regions.flatten(0, 1))
-        features = features.view(*regions.shape[:2], *features.shape[1:])  # [B, R, C, 4, 4]
+        features = features.view(*regions.shape[:2], *features.shape[1:])  # [B, R, C, t, t]
         chunks = self._mix(features, grid) if self.context else features.mean((1, 3, 4))[:, None]
         return self.head(chunks.mean(1)), self.head(chunks)
 
     def _mix(self, features: torch.Tensor, grid: RegionGrid) -> torch.Tensor:
-        """Class token of each chunk, `[B, chunks, C]`, of features `[B, R, C, 4, 4]`."""
+        """Class token of each chunk, `[B, chunks, C]`, of features `[B, R, C, t, t]`."""
         assert self.context is not None
         memory: Memory | None = None
         class_tokens = []
@@ -321,7 +342,7 @@ def train(
 
     AdamW at 4e-3, warm-up over a tenth, cosine to zero, gradients clipped at norm 1.
     """
-    row = ROWS[name]
+    row = ALL_ROWS[name]
     digits, unseen = load()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

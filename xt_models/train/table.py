@@ -28,7 +28,7 @@ import xt_kernels
 from ..host import cpu_name, num_cpus
 from ..output import OutputFolder
 from . import cue_digits
-from .cue_digits import ROWS, Point
+from .cue_digits import ALL_ROWS, Point
 
 
 class Run(NamedTuple):
@@ -52,8 +52,8 @@ def write_table(
 ) -> dict[str, Any]:
     """Trains `rows` with seeds 0 .. seeds - 1 and fills the folder `out`; returns table.json.
 
-    rows: names of `cue_digits.ROWS`. steps: batches of 64 images. jobs: runs at a time, each one
-        process with one thread; results do not depend on it. on_steps, on_run: called with the
+    rows: names of `cue_digits.ALL_ROWS`. steps: batches of 64 images. jobs: runs at a time, each
+        one process with one thread; results do not depend on it. on_steps, on_run: called with the
         steps just done, and with each run as it ends.
 
     `out` appears when it is complete. Raises ValueError for an unknown row, a number below one or a
@@ -81,8 +81,8 @@ def write_table(
 
 def check_row(name: str) -> None:
     """Raises ValueError unless `name` is a row."""
-    if name not in ROWS:
-        raise ValueError(f"cue-digits: rows must be among {', '.join(ROWS)}, got {name!r}.")
+    if name not in ALL_ROWS:
+        raise ValueError(f"cue-digits: rows must be among {', '.join(ALL_ROWS)}, got {name!r}.")
 
 
 def format_table(table: dict[str, Any]) -> str:
@@ -189,13 +189,13 @@ def _summary(
             factor = float(student.ppf(0.975, seeds - 1))
             half = factor * accuracies.std().item() / seeds**0.5
         table[name] = {
-            "title": ROWS[name].title,
+            "title": ALL_ROWS[name].title,
             "accuracies": accuracies.tolist(),
             "mean": accuracies.mean().item(),
             "half_width_95": half,
-            "ceiling": ROWS[name].ceiling,
+            "ceiling": ALL_ROWS[name].ceiling,
             "seconds": [run.seconds for run in mine],
-            "settings": asdict(ROWS[name]),
+            "settings": asdict(ALL_ROWS[name]),
         }
     return {
         "task": "cue-digits",
@@ -241,9 +241,9 @@ def _draw(path: Path, rows: Sequence[str], runs: list[Run]) -> None:
         steps = next([p.step for p in run.points] for run in runs if run.row == name)
         mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
         low, high = ([f(v) for v in zip(*curves, strict=True)] for f in (min, max))
-        axes.plot(steps, mean, color=f"C{i}", marker=".", label=ROWS[name].title)
+        axes.plot(steps, mean, color=f"C{i}", marker=".", label=ALL_ROWS[name].title)
         axes.fill_between(steps, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
-    ceiling = ROWS["bag"].ceiling
+    ceiling = ALL_ROWS["bag"].ceiling
     assert ceiling is not None
     axes.axhline(ceiling, color="grey", linestyle="--", linewidth=1)
     label = f"ceiling of a bag of regions, {ceiling:.0f} %"
