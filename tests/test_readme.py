@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from test_checkpoint import empty, write
 
 import xt_models as xm
 
@@ -33,7 +34,7 @@ def shell_lines():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A place with the files that the README speaks of: scene.tif, a saved model DIR, results."""
+    """A place with the files that the README speaks of."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "images").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (300, 530, 3), dtype=np.uint8)
@@ -41,6 +42,7 @@ def folder(tmp_path_factory):
     tifffile.imwrite(folder / "images" / "scene.tif", pixels[:100, :100], photometric="rgb")
     model = xm.create_model("convnext_atto", dim=32, num_heads=2, num_classes=3)
     model.save_pretrained(folder / "DIR")
+    write(folder / "checkpoint.pth", empty())
     shutil.copytree(next(RESULTS.iterdir()), folder / "results")
     return folder
 

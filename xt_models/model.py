@@ -7,11 +7,11 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
 from xt_kernels.regions import Placement, RegionGrid, extract_regions, stitch_regions
 
+from .checkpoint import HubModel
 from .context_encoder import ContextEncoder, Memory
 from .grid import TILINGS, Step, Tiling, walk
 from .heads import ClassificationHead, PlainHead
@@ -125,12 +125,14 @@ class XTOutput(NamedTuple):
     memory: Memory | None
 
 
-class XT(nn.Module, PyTorchModelHubMixin):
+class XT(nn.Module, HubModel):
     """The whole model. `create_model` builds it, `save_pretrained` and `from_pretrained` keep it.
 
     config: what to build; a dict of the same fields works too.
     region_encoder: a ready encoder to use instead of building `config.encoder` with random weights.
     """
+
+    config: XTConfig
 
     def __init__(
         self, config: XTConfig | dict[str, Any], region_encoder: RegionEncoder | None = None
