@@ -135,13 +135,14 @@ def test_padding_never_leaks(context, monkeypatch):
     plain_encode = model.encode
 
     def encode(regions):
-        features, raw = plain_encode(regions)
+        encoded = plain_encode(regions)
+        features = encoded.features
         placement = model.grid(70, 150).placement(None, model.stride)
         for region, (_, _, height, width, _, _) in enumerate(placement.table.tolist()):
             features[region, height:] = float("nan")
             features[region, :, width:] = float("nan")
         assert features.isnan().any()
-        return features, raw
+        return encoded
 
     monkeypatch.setattr(model, "encode", encode)
     spoiled = forward(model, pixels)

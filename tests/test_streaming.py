@@ -274,7 +274,7 @@ def test_regions_of_nodata_are_left_out(tmp_path):
     memory = None
     with torch.inference_mode():
         regions = model.extract(torch.from_numpy(pixels).permute(2, 0, 1), grid)
-        features, raw = model.encode(regions)
+        features, raw, _ = model.encode(regions)
         for step in model.walk(grid):
             chunk = [region for region in step.regions if region in kept]
             if not chunk:

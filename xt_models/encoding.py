@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from copy import deepcopy
+from operator import itemgetter
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
-from .model import XT
+from .model import XT, Encoded
 from .reading import Key, Pixels, same_bytes
 
 CACHE_BYTES = 16 << 20
@@ -28,31 +29,29 @@ of uniform regions and of those that did."""
 class Features:
     """Where the features of one region will be: row `index` of the outputs of its batch.
 
-    batch `[R, t, t, C]` and raw `[R, t, t, D]` (or None) as `XT.encode` returns them; batch is None
-    until the region is encoded. region: its number. keep: outlive the batch.
+    batch: as `XT.encode` returns it, None until the region is encoded. region: its number. keep:
+    outlive the batch.
     """
 
-    __slots__ = ("batch", "index", "keep", "raw", "region")
+    __slots__ = ("batch", "index", "keep", "region")
 
     def __init__(self, region: int) -> None:
         self.region, self.keep, self.index = region, False, 0
-        self.batch: torch.Tensor | None = None
-        self.raw: torch.Tensor | None = None
+        self.batch: Encoded | None = None
 
-    def settle(self, batch: torch.Tensor, raw: torch.Tensor | None, index: int) -> None:
+    def settle(self, batch: Encoded, index: int) -> None:
         """Takes the row `index` of a batch that was just encoded."""
-        self.batch, self.raw, self.index = batch, raw, index
+        self.batch, self.index = batch, index
         if self.keep:
             self.outlive()
 
     def outlive(self) -> None:
         """Lets go of the rest of the batch."""
         self.keep = True
-        if self.batch is None or len(self.batch) == 1:
+        if self.batch is None or len(self.batch.features) == 1:
             return
         row = slice(self.index, self.index + 1)
-        self.batch, self.index = self.batch[row].clone(), 0
-        self.raw = None if self.raw is None else self.raw[row].clone()
+        self.batch, self.index = self.batch.map(lambda t: t[row].clone()), 0
 
 
 class BatchEncoder:
@@ -78,8 +77,8 @@ class BatchEncoder:
             device=parameter.device, dtype=precision,
         )  # fmt: skip
 
-    def encode(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(features `[R, t, t, C]`, raw `[R, t, t, D]` or None) of the buffer.
+    def encode(self) -> Encoded:
+        """What `XT.encode` gives of the buffer.
 
         Where the device has no memory for all rows at once, half as many are encoded at a time,
         from then on. Raises torch.OutOfMemoryError if there is none for one row.
@@ -95,18 +94,15 @@ class BatchEncoder:
             # Outside the handler: its traceback holds the activations of the attempt.
             if parts is None and self.regions.is_cuda:
                 torch.cuda.empty_cache()
-        if len(parts) == 1:
-            return parts[0]
-        features, raw = zip(*parts, strict=True)
-        return torch.cat(features), None if raw[0] is None else torch.cat(raw)
+        return Encoded.cat(parts)
 
-    def _parts(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    def _parts(self) -> Iterator[Encoded]:
         """Outputs of the buffer, `rows` at a time; the last part overlaps the one before rather
         than have another shape."""
         for start in range(0, len(self.regions), self.rows):
             begin = min(start, len(self.regions) - self.rows)
-            batch, raw = self._model.encode(self.regions[begin : begin + self.rows], self._copy)
-            yield batch[start - begin :], None if raw is None else raw[start - begin :]
+            batch = self._model.encode(self.regions[begin : begin + self.rows], self._copy)
+            yield batch.map(itemgetter(slice(start - begin, None)))
 
     def slots_agree(self) -> bool:
         """Whether a region's features do not depend on its slot, bit for bit. Encodes one batch the
@@ -117,7 +113,8 @@ class BatchEncoder:
         if key not in known:
             noise = torch.Generator().manual_seed(0)
             one = torch.randn(regions.shape[1:], generator=noise).to(regions)
-            outputs = self._model.encode(one.expand_as(regions).contiguous(), self._copy)
+            encoded = self._model.encode(one.expand_as(regions).contiguous(), self._copy)
+            outputs = [encoded.features, encoded.raw, *encoded.stages.values()]
             known[key] = all(bool((o == o[:1]).all()) for o in outputs if o is not None)
         return known[key]
 

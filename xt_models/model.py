@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from xt_kernels.regions import Placement, RegionGrid, extract_regions, stitch_regions
 
 from .checkpoint import HubModel
 from .context_encoder import ContextEncoder, Memory
 from .grid import TILINGS, Step, Tiling, walk
-from .heads import ClassificationHead, PlainHead
+from .heads import ClassificationHead, GroupHead, PlainHead, Trunk, build_head, run_head
 from .mamba import FORMS, MambaContextEncoder
 from .region_encoder import RegionEncoder
 
@@ -27,7 +28,8 @@ class XTConfig:
     """Everything that defines an XT model, plain values only.
 
     encoder: timm model name. region: side of the regions, pixels. in_chans: bands of the image.
-    num_classes: 0 for no head.
+    num_classes: of the classification head, 0 for none.
+    heads: further heads, name -> {"kind": ..., options}, as in docs/heads.md.
     context: "xl" (memory carried from chunk to chunk), "hyper", "mamba" (state carried), "vit", or
         None (no context).
     dim, depth, num_heads, mlp_ratio, causal, memory, gradient, gradient_chunks: of the context
@@ -64,6 +66,7 @@ class XTConfig:
     residual: bool = False
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    heads: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, rule: str) -> None:
@@ -114,15 +117,45 @@ class XTConfig:
         return cls(**values)
 
 
+class Encoded(NamedTuple):
+    """What the region encoder gives of R regions: features `[R, t, t, C]` for the context encoder;
+    raw `[R, t, t, D]` where the residual form needs them; stages, earlier ones that heads need,
+    number -> `[R, s_i, s_i, C_i]`.
+    """
+
+    features: torch.Tensor
+    raw: torch.Tensor | None
+    stages: dict[int, torch.Tensor]
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Encoded:
+        """Each tensor changed."""
+        raw = None if self.raw is None else change(self.raw)
+        return Encoded(change(self.features), raw, {i: change(m) for i, m in self.stages.items()})
+
+    @staticmethod
+    def cat(parts: Sequence[Encoded]) -> Encoded:
+        """Parts one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        raw = [part.raw for part in parts if part.raw is not None]
+        return Encoded(
+            torch.cat([part.features for part in parts]),
+            torch.cat(raw) if raw else None,
+            {i: torch.cat([part.stages[i] for part in parts]) for i in parts[0].stages},
+        )
+
+
 class XTOutput(NamedTuple):
     """logits `[B, classes]` or None; tokens `[B, rows * cols, C]` row-major over the image;
-    embedding `[B, C]`; memory for a following image part (XL, Mamba) or None.
+    embedding `[B, C]`; memory for a following image part (XL, Mamba) or None; heads: the output of
+    each head of `XTConfig.heads` by its name.
     """
 
     logits: torch.Tensor | None
     tokens: torch.Tensor
     embedding: torch.Tensor
     memory: Memory | None
+    heads: dict[str, Any]
 
 
 class XT(nn.Module, HubModel):
@@ -130,6 +163,11 @@ class XT(nn.Module, HubModel):
 
     config: what to build; a dict of the same fields works too.
     region_encoder: a ready encoder to use instead of building `config.encoder` with random weights.
+
+    Attributes: head, the classification head or None; heads, the others by name, each with
+    `loss(output, target)` and `predict(output)`; recompute, regions that `forward` encodes at once
+    while gradients are recorded, to be encoded again in the backward pass, None for all at once and
+    nothing again.
     """
 
     config: XTConfig
@@ -187,6 +225,17 @@ class XT(nn.Module, HubModel):
         if config.num_classes:
             kind = PlainHead if self.context is None else ClassificationHead
             self.head = kind(head_dim, config.num_classes)
+        trunk = Trunk(
+            head_dim,
+            self.num_features,
+            self.stride,
+            tuple(self.region_encoder.channels[:-1]),
+            tuple(self.region_encoder.strides[:-1]),
+        )
+        self.heads = nn.ModuleDict(
+            {name: build_head(name, options, trunk) for name, options in config.heads.items()}
+        )
+        self.recompute: int | None = None
 
     @property
     def stride(self) -> int:
@@ -233,19 +282,38 @@ class XT(nn.Module, HubModel):
             image, grid, regions=regions, origin=origin, mean=mean, std=std, dtype=dtype, out=out
         )
 
-    def encode(
-        self, regions: torch.Tensor, region_encoder: nn.Module | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """regions `[R, C, s, s]` -> (features `[R, t, t, C]` for the context encoder, raw features
-        `[R, t, t, D]` where the residual form needs them).
+    @property
+    def group_heads(self) -> dict[str, GroupHead]:
+        """The heads that see groups of regions, by name; the others see the embedding."""
+        return {name: head for name, head in self.heads.items() if isinstance(head, GroupHead)}
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Numbers of the region encoder's earlier stages that heads use."""
+        return tuple(sorted({i for head in self.group_heads.values() for i in head.stages}))
+
+    def encode(self, regions: torch.Tensor, region_encoder: RegionEncoder | None = None) -> Encoded:
+        """regions `[R, C, s, s]`, normalised.
 
         region_encoder: a copy to use instead of the model's, in another dtype perhaps.
         """
-        if region_encoder is None:
-            raw = self.region_encoder(regions)
+        encoder = self.region_encoder if region_encoder is None else region_encoder
+        if self.stages:
+            *earlier, raw = encoder.forward_stages(regions)
+            stages = {i: earlier[i] for i in self.stages}
         else:
-            raw = region_encoder(regions).to(next(self.parameters()).dtype)
-        return self.input_proj(raw), raw if self.output_proj is not None else None
+            raw, stages = encoder(regions), {}
+        if region_encoder is not None:
+            dtype = next(self.parameters()).dtype
+            raw, stages = raw.to(dtype), {i: m.to(dtype) for i, m in stages.items()}
+        return Encoded(self.input_proj(raw), raw if self.output_proj is not None else None, stages)
+
+    def _encode_all(self, regions: torch.Tensor) -> Encoded:
+        """`encode`, as `recompute` says."""
+        if self.recompute is None or not torch.is_grad_enabled():
+            return self.encode(regions)
+        parts = torch.split(regions, self.recompute)
+        return Encoded.cat([checkpoint(self.encode, part, use_reentrant=False) for part in parts])
 
     def stitch(
         self,
@@ -308,9 +376,8 @@ class XT(nn.Module, HubModel):
         batch = image.shape[0]
         grid = self.grid(*image.shape[2:])
         regions = self.extract(image, grid)  # [B, R, C, s, s]
-        features, raw = self.encode(regions.flatten(0, 1))
-        features = features.view(batch, -1, *features.shape[1:])  # [B, R, t, t, C]
-        raw = None if raw is None else raw.view(batch, -1, *raw.shape[1:])
+        encoded = self._encode_all(regions.flatten(0, 1))
+        features, raw, stages = encoded.map(lambda t: t.view(batch, -1, *t.shape[1:]))
 
         kept, places = [], []
         summary: torch.Tensor | None = None
@@ -332,7 +399,14 @@ class XT(nn.Module, HubModel):
         tokens = torch.cat(kept, dim=1)[:, place.argsort()]
         embedding = self.embed(summary, tokens.shape[1])
         logits = None if self.head is None else self.head(embedding)
-        return XTOutput(logits, tokens, embedding, memory)
+        token_map = tokens.view(batch, *grid.token_shape(self.stride), -1)
+        outputs = {
+            name: run_head(head, token_map, stages, grid, self.stride)
+            if isinstance(head, GroupHead)
+            else head(embedding)
+            for name, head in self.heads.items()
+        }
+        return XTOutput(logits, tokens, embedding, memory, outputs)
 
 
 def map_index(placement: Placement, grid: RegionGrid, stride: int) -> torch.Tensor:

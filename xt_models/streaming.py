@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from io import BytesIO
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -32,7 +33,7 @@ from .encoding import BatchEncoder, Features, Seen
 from .grid import Step
 from .host import current_rss, peak_rss, reset_peak_rss
 from .journal import Run, identity_of, open_run
-from .model import XT
+from .model import XT, Encoded
 from .output import Thumbnail, TokenMapWriter, WriteBehind, write_embedding, write_preview
 from .profiling import Profile, Spans, no_spans
 from .reading import Key, LeftOut, ReadAhead, Reader, Window, region_pixels
@@ -276,9 +277,9 @@ class _Walk:
             ids = [features.region for features in self._batch]
             self._on_regions(ids, self._encoder.regions[: len(ids)])
         with self._spans("encode"):
-            batch, raw = self._encoder.encode()
+            batch = self._encoder.encode()
         for index, features in enumerate(self._batch):
-            features.settle(batch, raw, index)
+            features.settle(batch, index)
         self._batch.clear()
 
     def _done(self) -> Iterator[ChunkTokens]:
@@ -354,16 +355,17 @@ class _Chunk:
                 found.append(waiting.features)
         if not ids:
             return
-        batches, raws = zip(*_rows(found), strict=True)
-        self._tokens = self._put(self._tokens, ids, batches, position=True)
-        if raws[0] is not None:
+        rows = list(_rows(found))
+        self._tokens = self._put(self._tokens, ids, [r.features for r in rows], position=True)
+        raws = [r.raw for r in rows if r.raw is not None]
+        if raws:
             self._raw = self._put(self._raw, ids, raws, position=False)
 
     def _put(
         self,
         buffer: torch.Tensor | None,
         ids: list[int],
-        parts: tuple[torch.Tensor, ...],
+        parts: list[torch.Tensor],
         *,
         position: bool,
     ) -> torch.Tensor:
@@ -386,8 +388,8 @@ class _Chunk:
         return tokens[:, keep.to(tokens.device)]
 
 
-def _rows(found: list[Features]) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Batch and raw rows of features in order, neighbours in one batch as one slice."""
+def _rows(found: list[Features]) -> Iterator[Encoded]:
+    """Rows of batches in order, neighbours in one batch as one slice."""
     first = 0
     for i, features in enumerate(found):
         after = found[i + 1] if i + 1 < len(found) else None
@@ -400,7 +402,7 @@ def _rows(found: list[Features]) -> Iterator[tuple[torch.Tensor, torch.Tensor | 
         assert features.batch is not None
         rows = slice(found[first].index, features.index + 1)
         first = i + 1
-        yield features.batch[rows], None if features.raw is None else features.raw[rows]
+        yield features.batch.map(itemgetter(rows))
 
 
 def stream(
