@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from test_checkpoint import empty, write
 
 import xt_models as xm
 
@@ -40,7 +41,7 @@ def shell_lines():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A place with the files that the README speaks of: scene.tif, a saved model DIR, results."""
+    """A place with the files that the README speaks of."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "images").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (300, 530, 3), dtype=np.uint8)
@@ -52,6 +53,7 @@ def folder(tmp_path_factory):
         for name in ("cats", "dogs"):
             (folder / "photos" / split / name).mkdir(parents=True)
             tifffile.imwrite(folder / "photos" / split / name / "1.tif", pixels[:80, :90])
+    write(folder / "checkpoint.pth", empty())
     shutil.copytree(next(RESULTS.iterdir()), folder / "results")
     return folder
 

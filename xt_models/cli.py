@@ -737,6 +737,26 @@ def _train_table(
     click.echo(f"wrote {out}/: curves.csv, table.json, curves.png")
 
 
+@main.command("convert-checkpoint")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+def convert_checkpoint_(file: Path, out: Path) -> None:
+    """Makes a model folder of FILE, a checkpoint that the paper's authors released.
+
+    Nothing in FILE is run. Then: xt predict IMAGE --model OUT.
+    """
+    from .released import convert_checkpoint
+
+    found = convert_checkpoint(file, out)
+    _table([
+        ("model", f"SwinV2 {found.size}, context {found.context}"),
+        ("classes", f"{found.num_classes:,}"),
+        ("parameters", f"{found.parameters / 1e6:.2f} M"),
+        ("left behind", ", ".join(found.left_behind) or "nothing"),
+    ])  # fmt: skip
+    click.echo(f"wrote {out}/: model.safetensors, config.json, README.md")
+
+
 @main.command("report")
 @click.argument("results", metavar="RESULTS", type=click.Path(path_type=Path))
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to fill.")

@@ -384,11 +384,16 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def _synced_facts(path: Path) -> list[Any]:
-    """Size and checksum of a file, whose bytes are on disk then."""
+def sync_file(path: Path) -> None:
+    """Makes the bytes of a file outlast a power cut."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        return _facts(file.read())
+
+
+def _synced_facts(path: Path) -> list[Any]:
+    """Size and checksum of a file, whose bytes are on disk then."""
+    sync_file(path)
+    return _facts(path.read_bytes())
 
 
 def _facts(data: bytes | memoryview) -> list[Any]:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from xt_kernels.regions import Placement, RegionGrid, extract_regions, stitch_regions
 
+from .checkpoint import HubModel
 from .context_encoder import ContextEncoder, Memory
 from .grid import TILINGS, Step, Tiling, walk
 from .heads import ClassificationHead, GroupHead, PlainHead, Trunk, build_head, run_head
@@ -158,7 +158,7 @@ class XTOutput(NamedTuple):
     heads: dict[str, Any]
 
 
-class XT(nn.Module, PyTorchModelHubMixin):
+class XT(nn.Module, HubModel):
     """The whole model. `create_model` builds it, `save_pretrained` and `from_pretrained` keep it.
 
     config: what to build; a dict of the same fields works too.
@@ -169,6 +169,8 @@ class XT(nn.Module, PyTorchModelHubMixin):
     while gradients are recorded, to be encoded again in the backward pass, None for all at once and
     nothing again.
     """
+
+    config: XTConfig
 
     def __init__(
         self, config: XTConfig | dict[str, Any], region_encoder: RegionEncoder | None = None
