@@ -1,7 +1,9 @@
 """Heads: outputs for any size, what belongs to which group, losses against independent forms."""
 
 import json
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -324,3 +326,15 @@ def dense_loss(target, **options):
 def test_refuses_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_example_of_the_page_runs():
+    page = (Path(__file__).parent.parent / "docs" / "heads.md").read_text()
+    values = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, values)
+    assert set(values["found"]) == {"boxes", "scores", "labels"}
+    assert (
+        values["model"].heads["boxes"].pyramid.get_submodule("layer_blocks.0.0").weight.grad
+        is not None
+    )
