@@ -24,6 +24,7 @@ import xt_models as xm
 from xt_models.cli import main
 from xt_models.journal import verify
 from xt_models.train import config, fit
+from xt_models.train.tasks import base as tasks_base
 from xt_models.train.tasks import make_task, seeded
 from xt_models.train.tasks.base import Turn
 from xt_models.train.tasks.classification import as_float
@@ -711,3 +712,16 @@ def test_points_turn_with_their_image():
         ((row, col),) = turn.points(torch.tensor([[1.0, 3.0]]), shape).long().tolist()
         assert turn.image(image)[:, row, col].eq(1).all() and turn.image(image).sum() == 2
     assert len(seen) == 16
+
+
+@pytest.mark.parametrize("module, extra", [("accelerate", "train"), ("pycocotools", "det")])
+def test_a_missing_package_is_named(module, extra, boxed, tmp_path, monkeypatch):
+    find = tasks_base.find_spec
+    monkeypatch.setattr(tasks_base, "find_spec", lambda n: None if n == module else find(n))
+    recipe = config.from_dict({
+        "model": SMALL, "head": {"kind": "fcos"}, "data": {"form": "coco", "root": str(boxed)},
+    })  # fmt: skip
+    match = rf"{module} must be installed: pip install 'xt-kernels\[{extra}\]'"
+    with pytest.raises(ValueError, match=match):
+        fit.fit(recipe, tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out.part").exists()

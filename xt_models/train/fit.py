@@ -37,7 +37,7 @@ from ..journal import RECORD, changes, locked, part_of, read_record, sync_folder
 from ..model import XT
 from ..registry import RandomWeightsWarning, create_model
 from .config import PRECISIONS, Recipe, Train
-from .tasks import Batch, InOrder, Order, Task, make_task, seeded
+from .tasks import Batch, InOrder, Order, Task, make_task, need, seeded
 
 CHECKPOINT = "checkpoint.pt"
 NO_DECAY = ("*token*", "*pos_embed*", "*bias_table*", "*cpb_mlp*", "*logit_scale*", "*.A_log")
@@ -83,8 +83,7 @@ def fit(
     was begun with another recipe or other data; NotFiniteError, naming the step, when a loss or
     gradient is not finite: the checkpoint stays as it was.
     """
-    if find_spec("accelerate") is None:
-        raise ValueError("xt train: accelerate must be installed: pip install 'xt-kernels[train]'.")
+    need("accelerate", "accelerate", "train")
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
