@@ -198,6 +198,17 @@ def test_a_run_killed_before_the_last_rename_is_only_renamed(root, tmp_path, mon
     assert again == last and not steps and verify(tmp_path / "out") == []
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_image_is_named(workers, root, tmp_path):
+    shutil.copytree(root, tmp_path / "data")
+    file = tmp_path / "data" / "train" / "light" / "4.png"
+    file.write_bytes(file.read_bytes()[:1000])
+    recipe = recipe_of(tmp_path / "data", train_workers=workers,
+                       train_epochs=3)  # fmt: skip
+    with pytest.raises(ValueError, match=r"train/light/4\.png: expected [^\n]*$"):
+        fit.fit(recipe, tmp_path / "out", device="cpu")
+
+
 def test_another_recipe_or_other_data_do_not_go_on(root, tmp_path):
     def stop(step, loss):
         if step == 3:

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,7 +38,7 @@ from ..journal import RECORD, changes, locked, part_of, read_record, sync_folder
 from ..model import XT
 from ..registry import RandomWeightsWarning, create_model
 from .config import PRECISIONS, Recipe, Train
-from .tasks import Batch, InOrder, Order, Task, make_task, need, seeded
+from .tasks import Batch, InOrder, Order, Task, collate, make_task, need, seeded
 
 CHECKPOINT = "checkpoint.pt"
 NO_DECAY = ("*token*", "*pos_embed*", "*bias_table*", "*cpb_mlp*", "*logit_scale*", "*.A_log")
@@ -321,10 +322,10 @@ class _Fitter:
         objective, optimizer = self.accelerator.prepare(
             Objective(self.model, self.task), self.optimizer
         )
-        batches = iter(self._loader(_Positions(
+        batches = self._batches(_Positions(
             train, self.step, self.steps,
             self.accelerator.process_index, self.accelerator.num_processes,
-        )))  # fmt: skip
+        ))  # fmt: skip
         validate_every = max(1, math.ceil(train.validate_every * self.per_epoch))
         has_validation = self.task.length("val") > 0
         with ExitStack() as stack:
@@ -399,7 +400,7 @@ class _Fitter:
             is_last = micro + 1 == train.accumulate
             place = train.seed, self.step, micro, accelerator.process_index
             with seeded(*place), nullcontext() if is_last else accelerator.no_sync(objective):
-                batch = self.task.mix(self.model, self._to_device(batch))
+                batch = self.task.mix(self.model, batch)
                 loss, _ = objective(batch)
                 accelerator.backward(loss / train.accumulate)
             total += loss.detach().double().cpu() / train.accumulate
@@ -429,8 +430,7 @@ class _Fitter:
         objective.eval()
         records: list[Any] = []
         losses: list[tuple[float, int]] = []
-        for batch in self._loader(batches, training=False):
-            batch = self._to_device(batch)
+        for batch in self._batches(batches, training=False):
             loss, output = self.accelerator.unwrap_model(objective, keep_fp32_wrapper=True)(batch)
             records += self.task.record(self.model, output, batch)
             losses.append((float(loss), len(batch.images)))
@@ -438,21 +438,21 @@ class _Fitter:
         count = sum(n for _, n in losses)
         return {"loss": sum(x * n for x, n in losses) / count} | self.task.metrics(records)
 
-    def _loader(self, batches: Any, *, training: bool = True) -> DataLoader[Batch]:
-        data = Order(self.task, self.recipe.train.seed) if training else InOrder(self.task)
-        return DataLoader(
-            data,
-            batch_sampler=batches,
-            num_workers=self.recipe.train.workers,
-            collate_fn=self.task.collate,
-            pin_memory=self.accelerator.device.type == "cuda",
-        )
-
-    def _to_device(self, batch: Batch) -> Batch:
+    def _batches(self, indices: Any, *, training: bool = True) -> Iterator[Batch]:
+        """The batches of these lists of items, on the device."""
         from accelerate.utils import send_to_device
 
-        moved: Batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
-        return moved
+        device, workers = self.accelerator.device, self.recipe.train.workers
+        for batch in DataLoader(
+            Order(self.task, self.recipe.train.seed) if training else InOrder(self.task),
+            batch_sampler=indices,
+            num_workers=workers,
+            collate_fn=partial(collate, self.task),
+            pin_memory=device.type == "cuda",
+        ):
+            if isinstance(batch, Exception):
+                raise batch
+            yield send_to_device(batch, device, non_blocking=True)
 
     def _keep(self, name: str) -> None:
         """Saves the model as the folder `name`, whole or not at all."""

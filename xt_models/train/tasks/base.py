@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, wraps
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -106,6 +106,25 @@ class Task:
         return {"classes": list(self.classes), "rows": digest.hexdigest()}
 
 
+def _as_value(get: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]:
+    """An error becomes the item: raised in a worker, its sentence would drown in a traceback."""
+
+    @wraps(get)
+    def item(self: Any, index: int) -> Any:
+        try:
+            return get(self, index)
+        except Exception as error:
+            return error
+
+    return item
+
+
+def collate(task: Task, items: list[Any]) -> Batch | Exception:
+    """A batch of the items of `Order` or `InOrder`, or the first error among them."""
+    errors = [item for item in items if isinstance(item, Exception)]
+    return errors[0] if errors else task.collate(items)
+
+
 class Order(Dataset[Any]):
     """The endless training order: position p is item `p mod length` of pass `p // length`, and each
     pass has an order of its own."""
@@ -113,6 +132,7 @@ class Order(Dataset[Any]):
     def __init__(self, task: Task, seed: int) -> None:
         self.task, self.seed = task, seed
 
+    @_as_value
     def __getitem__(self, position: int) -> Any:
         length = self.task.length("train")
         index = _shuffled(length, self.seed, position // length)[position % length]
@@ -135,6 +155,7 @@ class InOrder(Dataset[Any]):
     def __len__(self) -> int:
         return self.task.length("val")
 
+    @_as_value
     def __getitem__(self, index: int) -> Any:
         return self.task.item("val", index, None)
 
