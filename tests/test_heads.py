@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -141,18 +142,41 @@ def test_several_heads_learn_at_once():
     assert not [n for n, p in model.named_parameters() if p.grad is None]
 
 
-def test_recompute_gives_the_same_gradients():
+HEADS_OF_GRADIENTS = {
+    "dense": DENSE,
+    "fcos": {"kind": "fcos", "classes": 2, "dim": 32, "group": 2},
+    "unet": {"kind": "segmentation", "classes": 3, "output_stride": 4, "decoder_channels": [8] * 3},
+}
+
+
+@pytest.mark.parametrize("name", HEADS_OF_GRADIENTS)
+def test_recompute_gives_the_same_gradients(name):
     grads = []
     for recompute in (None, 3):
-        model = small({"ground": DENSE})
+        model = small({"ground": HEADS_OF_GRADIENTS[name]})  # in evaluation mode: batch norm
         model.recompute = recompute
+        boxes = [{"boxes": torch.tensor([[9.0, 9.0, 99.0, 80.0]]), "labels": torch.tensor([1])}]
+        target = boxes * 2 if name == "fcos" else torch.zeros(2, 25, 38, dtype=torch.int64)
         out = model(image(100, 150, batch=2))
-        model.heads["ground"].loss(
-            out.heads["ground"], torch.zeros(2, 25, 38, dtype=int)
-        ).backward()
-        grads.append([p.grad for p in model.parameters() if p.grad is not None])
-    for ours, expected in zip(*grads, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+        model.heads["ground"].loss(out.heads["ground"], target).backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 20
+    for key, expected in grads[0].items():
+        torch.testing.assert_close(grads[1][key], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_recompute_counts_once_in_running_statistics():
+    statistics = []
+    for recompute in (None, 100):  # all regions at once
+        model = small({"ground": HEADS_OF_GRADIENTS["unet"]}).train()
+        model.recompute = recompute
+        out = model(image(100, 150))
+        head = model.heads["ground"]
+        head.loss(out.heads["ground"], torch.zeros(1, 25, 38, dtype=torch.int64)).backward()
+        statistics.append([b for n, b in head.named_buffers() if "running" in n])
+    assert len(statistics[0]) > 4
+    for ours, expected in zip(*statistics, strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 def test_save_and_load_with_heads(tmp_path):
@@ -248,8 +272,10 @@ def dense_loss(target, **options):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: small({"a b": DENSE}), "names of heads must be identifiers, got 'a b'"),
-        (lambda: small({"keys": DENSE}), "names of heads must be identifiers, got 'keys'"),
+        (lambda: small({"a b": DENSE}), "names of heads must be identifiers other .* got 'a b'"),
+        (lambda: small({"keys": DENSE}), "names of heads must be identifiers other .* got 'keys'"),
+        (lambda: small({"run": DENSE}), "other than embedding, journal, preview, run, tokens"),
+        (lambda: small(["dense"]), r"heads must be a dict, name -> options, got \['dense'\]"),
         (lambda: small({"a": {"kind": "unet"}}), "must have a kind of classification, dense"),
         (lambda: small({"a": "dense"}), r"heads\['a'\] must have a kind of .* got 'dense'"),
         (lambda: small({"a": {"kind": "dense"}}), "lacks option classes; it takes classes, loss"),
@@ -338,3 +364,13 @@ def test_the_example_of_the_page_runs():
         values["model"].heads["boxes"].pyramid.get_submodule("layer_blocks.0.0").weight.grad
         is not None
     )
+
+
+@pytest.mark.parametrize(
+    "kind, library, extra",
+    [("segmentation", "segmentation_models_pytorch.base", "seg"), ("detr", "transformers", "det")],
+)
+def test_a_missing_library_is_named_with_its_extra(kind, library, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ImportError, match=rf"pip install 'xt-kernels\[{extra}\]'"):
+        small({"a": {"kind": kind, "classes": 2}})

@@ -1,6 +1,7 @@
 """Heads over a stream: the same prediction as in memory, in files that others can read."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 import xt_models as xm
 from xt_models.cli import main
 from xt_models.journal import verify
-from xt_models.predictions import read_points
+from xt_models.predictions import read_points, write_tiff
 
 pytestmark = pytest.mark.filterwarnings("ignore::xt_models.registry.RandomWeightsWarning")
 SMALL = {"region": 64, "dim": 32, "depth": 2, "num_heads": 2, "chunk_regions": 3, "residual": False}
@@ -170,7 +171,7 @@ def geo_scene(path, crs="EPSG:32633"):
 def test_the_georeference_is_kept(crs, has_rasterio, tmp_path, monkeypatch):
     geo_scene(tmp_path / "scene.tif", crs)
     if not has_rasterio:
-        monkeypatch.setitem(__import__("sys").modules, "rasterio.shutil", None)
+        monkeypatch.setitem(sys.modules, "rasterio.shutil", None)
     heads = {name: HEADS[name] for name in ("ground", "ships", "boxes")}
     xm.stream(small(heads), tmp_path / "scene.tif", tmp_path / "out", tokens=False)
     for name, stride in (("ground", 2), ("ships", 8)):
@@ -199,6 +200,30 @@ def test_the_georeference_is_kept(crs, has_rasterio, tmp_path, monkeypatch):
         corner = [500_000 + 10 * (left + width), 6_000_000 - 10 * (top + height)]
         assert ring[2] == pytest.approx(corner)
         assert feature["properties"]["score"] == annotation["score"]
+
+
+@pytest.mark.parametrize("has_rasterio", [True, False])
+@pytest.mark.parametrize("channels, dtype", [(1, "uint8"), (3, "float32")])
+def test_a_map_of_many_tiles_and_a_turned_image(
+    has_rasterio, channels, dtype, tmp_path, monkeypatch
+):
+    if not has_rasterio:
+        monkeypatch.setitem(sys.modules, "rasterio.shutil", None)
+    values = np.random.default_rng(0).integers(0, 200, (300, 1300, channels)).astype(dtype)
+    array = zarr.create_array(
+        str(tmp_path / "a.zarr"), shape=values.shape, chunks=(64, 512, channels), dtype=dtype
+    )
+    array[:] = values
+    turned = [8.0, 6.0, 1000.0, 6.0, -8.0, 2000.0]
+    attributes = {"transform": turned, "nodata": 255 if dtype == "uint8" else None}
+    metadata = {"crs": "EPSG:4326", "crs_kind": "geographic"}
+    write_tiff(tmp_path / "a.tif", tmp_path / "a.zarr", metadata, attributes)
+    assert [p.name for p in tmp_path.glob("a.tif*")] == ["a.tif"]
+    with rasterio.open(tmp_path / "a.tif") as data:
+        np.testing.assert_array_equal(data.read(), values.transpose(2, 0, 1))
+        assert list(data.transform)[:6] == turned
+        assert data.crs.to_string() == "EPSG:4326"
+        assert bool(data.overviews(1)) == has_rasterio
 
 
 def test_boxes_are_what_pycocotools_reads(tmp_path):

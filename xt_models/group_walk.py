@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from xt_kernels.regions import RegionGrid
 
 from .heads import Group, GroupHead
-from .heads.base import join_regions
+from .heads.base import join_regions, one_group
 from .model import XT
 from .output import region_tokens
 
@@ -130,10 +130,3 @@ def _members(group: Group, grid: RegionGrid) -> Iterator[int]:
     """Region numbers of a group, row-major."""
     for row in range(group.row, group.row + group.rows):
         yield from range(row * grid.cols + group.col, row * grid.cols + group.col + group.cols)
-
-
-def one_group(raw: Any, index: int) -> Any:
-    """The raw output of one group of several."""
-    if isinstance(raw, torch.Tensor):
-        return raw[index : index + 1]
-    return {name: one_group(value, index) for name, value in raw.items()}

@@ -237,6 +237,7 @@ def write_tiff(
             extratags=tags,
             metadata=None,
             software=False,
+            buffersize=1 << 24,  # bytes of tiles that wait to be compressed
         )
     _optimise(path, metadata, attributes)
 
@@ -287,15 +288,15 @@ def _optimise(path: Path, metadata: dict[str, Any], attributes: dict[str, Any]) 
 
     plain = path.with_name(path.name + ".plain")
     path.rename(plain)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=64):  # MB
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
         if "crs" in metadata and "transform" in attributes:
             with rasterio.open(plain, "r+") as data:
                 data.crs = rasterio.crs.CRS.from_string(metadata["crs"])
-        average = np.isnan(np.nan if attributes["nodata"] is None else 0.0)
+        overviews = "AVERAGE" if attributes["nodata"] is None else "MODE"  # scores, classes
         copy(
             plain, path, driver="COG", BLOCKSIZE=TILE, COMPRESS="DEFLATE", BIGTIFF="YES",
-            OVERVIEW_RESAMPLING="AVERAGE" if average else "MODE", NUM_THREADS=1,
+            OVERVIEW_RESAMPLING=overviews, NUM_THREADS=1,
         )  # fmt: skip
     plain.unlink()
 

@@ -132,6 +132,7 @@ def stream_chunks(
     drop: float | Literal["nodata"] | None = None,
     on_bad_tile: Literal["stop", "mask"] = "stop",
     precision: Precision | None = None,
+    stages: bool = False,
     on_regions: Callable[[Sequence[int], torch.Tensor], None] | None = None,
     on_visits: Callable[[Sequence[Visit]], None] | None = None,
     spans: Spans = no_spans,
@@ -150,6 +151,7 @@ def stream_chunks(
     on_bad_tile: "stop" raises for a tile that does not decode; "mask" leaves out its regions.
     precision: of the region encoder; the context encoder, which is a small part of the work, keeps
         the model's. None is the model's for both.
+    stages: give the earlier stages that heads use.
     on_regions: called with region numbers and normalised regions `[R, C, s, s]` of each batch, a
         buffer that the next batch fills again. Regions that are reused are not among them.
     on_visits: called with the visits that are done, in the order of the walk.
@@ -177,7 +179,7 @@ def stream_chunks(
     dropped, mask = drop_value(source, drop), on_bad_tile == "mask"
     device = next(model.parameters()).device
     reader = Reader(source, grid, chosen, fill, reuse, dropped, mask, pin=device.type == "cuda")
-    encoder = BatchEncoder(model, batch_size, precision and getattr(torch, precision))
+    encoder = BatchEncoder(model, batch_size, precision and getattr(torch, precision), stages)
     walk = _Walk(model, source, grid, steps, encoder, on_regions, on_visits, spans)
     walk.begin([k for k, step in enumerate(steps) for _ in step.regions][first:], start, memory)
     with torch.inference_mode(), ReadAhead(reader.read, batches, readers) as results:
@@ -222,10 +224,10 @@ class _Walk:
         width = model.num_features + (model.config.dim if model.output_proj is not None else 0)
         tokens = (grid.region // model.stride) ** 2
         pixels = source.bands * grid.region**2 * source.dtype.itemsize
-        cells = [(model.region_encoder.strides[i], i) for i in model.stages]
-        floats = tokens * width + sum(
-            (grid.region // stride) ** 2 * model.region_encoder.channels[i] for stride, i in cells
-        )
+        floats = tokens * width
+        for i in model.stages:
+            side = grid.region // model.region_encoder.strides[i]
+            floats += side**2 * model.region_encoder.channels[i]
         self._seen = Seen(pixels + floats * encoder.regions.element_size())
         self._batch: list[Features] = []
         self._waiting: deque[_Waiting] = deque()
@@ -631,6 +633,7 @@ class _Streamed:
                 self._source,
                 on_regions=on_regions,
                 on_visits=on_visits,
+                stages=self._outputs is not None,
                 spans=self._spans,
                 start=state["step"] + 1,
                 memory=state["memory"],
@@ -642,8 +645,9 @@ class _Streamed:
                         pieces = self._outputs.take(
                             chunk.regions, chunk.tokens, chunk.stages, list(chunk.left_out)
                         )
-                with self._spans("idle"):
-                    writer.submit(self._write, chunk._replace(stages={}), pieces)
+                if self._map is not None or pieces:
+                    with self._spans("idle"):
+                        writer.submit(self._write, chunk._replace(stages={}), pieces)
                 total = state["total"]
                 state["total"] = chunk.summary if total is None else total + chunk.summary
                 state["step"], state["memory"] = chunk.step, chunk.memory

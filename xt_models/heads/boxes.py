@@ -10,7 +10,7 @@ from xt_kernels._checks import fail
 from xt_kernels.regions import RegionGrid
 
 from ._targets import check_boxes
-from .base import Group, GroupHead, Trunk
+from .base import Group, GroupHead, Trunk, one_group
 
 Boxes = dict[str, torch.Tensor]
 """boxes `[N, 4]` (left, top, right, bottom) in pixels of the image, float32; labels `[N]`, int64;
@@ -107,10 +107,7 @@ class BoxHead(GroupHead):
         raw, groups, grid = output
         count = len(next(iter(raw.values())))
         found = [
-            self.candidates(
-                {n: t[i : i + 1] for n, t in raw.items()}, groups[i % len(groups)], grid
-            )
-            for i in range(count)
+            self.candidates(one_group(raw, i), groups[i % len(groups)], grid) for i in range(count)
         ]
         return [self.merge(found[i : i + len(groups)]) for i in range(0, count, len(groups))]
 
