@@ -183,7 +183,7 @@ def test_a_short_training_learns(monkeypatch):
     points = list(cue.train("bag", 0, 80, copies=1))
     assert [p.step for p in points] == [20, 40, 60, 80]
     assert points[-1].loss < points[0].loss - 0.3
-    assert 20 < points[-1].accuracy <= 43
+    assert 20 < points[-1].score <= 43
 
 
 def xt(*words):
@@ -229,10 +229,13 @@ def test_the_interval_is_students():
         return table.Run("64/32", seed, [cue.Point(1, 1.0, accuracy)], 1.0)
 
     runs = [run(0, 90.0), run(1, 92.0), run(2, 94.0)]
-    row = table._summary(["64/32"], runs, 3, 1, 1)["rows"]["64/32"]
+    row = table._summary("cue-digits", ["64/32"], runs, 3, 1, 1)["rows"]["64/32"]
     # t(0.975, 2) = 4.302653 from printed tables; s = 2.
     assert row["mean"] == 92 and row["half_width_95"] == pytest.approx(4.302653 * 2 / 3**0.5)
-    assert table._summary(["64/32"], runs[:1], 1, 1, 1)["rows"]["64/32"]["half_width_95"] is None
+    assert (
+        table._summary("cue-digits", ["64/32"], runs[:1], 1, 1, 1)["rows"]["64/32"]["half_width_95"]
+        is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -255,8 +258,8 @@ def test_bad_options_end_in_one_sentence(words, message, tmp_path):
 
 @pytest.mark.parametrize("module, package", [("sklearn", "scikit-learn"), ("matplotlib",) * 2])
 def test_a_missing_package_is_named(module, package, tmp_path, monkeypatch):
-    find = cue.find_spec
-    monkeypatch.setattr(cue, "find_spec", lambda name: None if name == module else find(name))
+    find = table.find_spec
+    monkeypatch.setattr(table, "find_spec", lambda name: None if name == module else find(name))
     result = xt("-o", tmp_path / "out")
     assert result.exit_code == 1 and not list(tmp_path.iterdir())
     assert re.search(
@@ -291,7 +294,7 @@ def die(*_):
 def test_a_process_that_dies_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(table, "_work", die)
     with pytest.raises(RuntimeError, match="process of 64/32, seed 0, ended with exit code 3"):
-        table.write_table(tmp_path / "out", ["64/32"], seeds=2, steps=1)
+        table.write_table(tmp_path / "out", "cue-digits", ["64/32"], seeds=2, steps=1)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
-        table.write_table(tmp_path / "out", ["64/32"], steps=0)
+        table.write_table(tmp_path / "out", "cue-digits", ["64/32"], steps=0)

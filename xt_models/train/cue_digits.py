@@ -24,9 +24,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import combinations_with_replacement, permutations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +37,9 @@ from ..context_encoder import ContextEncoder, Memory
 from ..grid import walk
 from ..heads import ClassificationHead, PlainHead
 from ..mamba import MambaContextEncoder
+from .table import Point, need
 
+NAME, METRIC, METRICS = "cue-digits", "accuracy", "accuracies"
 SIDE, REGION, CLASSES = 64, 32, 10
 GRID = RegionGrid(SIDE, SIDE, REGION)
 DIM, DEPTH, HEADS = 64, 2, 2
@@ -94,6 +95,7 @@ ROWS = {
         "Mamba, state, gradient through it", chunk=1, mixer="mamba", memory="through"
     ),
 }
+CEILING = "ceiling of a bag of regions, 43 %", 43.0
 
 
 class Digits(NamedTuple):
@@ -118,17 +120,22 @@ class Layout(NamedTuple):
     seen: torch.Tensor
 
 
-def need(module: str, package: str, use: str) -> None:
-    """Raises ValueError, with the way to install it, if an optional package is missing."""
-    if find_spec(module) is None:
-        raise ValueError(
-            f"cue-digits: {package} must be installed ({use}): pip install 'xt-kernels[train]'."
-        )
+def check() -> None:
+    """Raises ValueError, with the way to install it, if scikit-learn is missing."""
+    need(NAME, "sklearn", "scikit-learn", "it holds the digits")
+
+
+def settings() -> dict[str, Any]:
+    """What all runs share, for the record."""
+    return {
+        "batch": BATCH, "learning_rate": LEARNING_RATE, "warm_up": WARM_UP, "clip": CLIP,
+        "dim": DIM, "depth": DEPTH, "heads": HEADS, "test_images": 2000 * TEST_COPIES,
+    }  # fmt: skip
 
 
 def load() -> tuple[Digits, Digits]:
     """Training and test digits: 1,797 real ones, three quarters and one quarter of each class."""
-    need("sklearn", "scikit-learn", "it holds the digits")
+    check()
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -295,14 +302,6 @@ class CueDigits(nn.Module):
             tokens, memory = self.context(torch.cat([tokens, token], 1), memory)
             class_tokens.append(tokens[:, -1])
         return torch.stack(class_tokens, 1)
-
-
-class Point(NamedTuple):
-    """A point of a learning curve: steps done, mean loss since the point before, accuracy (%)."""
-
-    step: int
-    loss: float
-    accuracy: float
 
 
 def train(
