@@ -1,7 +1,10 @@
 """Heads: outputs for any size, what belongs to which group, losses against independent forms."""
 
 import json
+import re
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +67,60 @@ def test_dense_cells_lie_over_their_tokens():
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "decoder, encoder, output_stride",
+    [("unet", "convnext_atto", 1), ("unet", "hiera_tiny_224", 8), ("fpn", "convnext_atto", 2),
+     ("upernet", "convnext_atto", 4)],
+)  # fmt: skip
+def test_decoders_for_any_size(decoder, encoder, output_stride):
+    options = {"kind": "segmentation", "classes": 3, "decoder": decoder}
+    options["output_stride"] = output_stride
+    region = 96 if encoder.startswith("hiera") else 64
+    heads = {"ground": options}
+    model = xm.create_model(encoder, heads=heads, **SMALL | {"region": region})
+    for size in ((1, 1), (100, 203)):
+        out = forward(model, image(*size, batch=2)).heads["ground"]
+        assert out.shape == (2, 3, *(-(-n // output_stride) for n in size))
+        assert out.std() > 0
+
+
+def test_unet_learns_from_tokens_and_from_every_stage():
+    options = {"kind": "segmentation", "classes": 2, "decoder_channels": [16, 16, 8, 8, 8]}
+    model = small({"ground": options}).train()
+    seen = {}
+    head = model.heads["ground"]
+    plain = head.forward
+
+    def forward(tokens, stages):
+        seen.update(stages, tokens=tokens)
+        for feature in seen.values():
+            feature.retain_grad()
+        return plain(tokens, stages)
+
+    head.forward = forward
+    out = model(image(64, 128))
+    head.loss(out.heads["ground"], torch.randint(0, 2, (1, 64, 128))).backward()
+    assert [seen[i].shape[1:] for i in range(3)] == [(40, 16, 16), (80, 8, 8), (160, 4, 4)]
+    assert all(feature.grad.abs().sum() > 0 for feature in seen.values())
+
+
+def test_groups_decide_what_a_decoder_sees():
+    """A pixel changes the map of its group, and, without context, of no other."""
+    options = {"kind": "segmentation", "classes": 2, "group": 2}
+    model = small({"ground": options}, context=None)
+    pixels = image(128, 64 * 5)
+    before = forward(model, pixels).heads["ground"]
+    pixels[0, :, 10, 10] = 255 - pixels[0, :, 10, 10]
+    changed = (forward(model, pixels).heads["ground"] != before).any(1)[0]
+    changed = changed.view(2, 64, 5, 64).any(1).any(2)
+    assert changed[0].tolist() == [True, True, False, False, False] and changed[1, :2].any()
+    # The last group is columns 3 and 4, and column 3 belongs to the one before it.
+    pixels[0, :, 10, 64 * 4 + 10] = 255 - pixels[0, :, 10, 64 * 4 + 10]
+    again = forward(model, pixels).heads["ground"]
+    changed = (again != before).any(1)[0, :, 64 * 2 :].view(128, 3, 64).any(0).any(1)
+    assert changed.tolist() == [False, False, True]
+
+
 def test_heads_leave_the_rest_of_the_model_as_it_is():
     plain, more = small({}, num_classes=4), small({"ground": DENSE}, num_classes=4)
     assert set(more.state_dict()) - set(plain.state_dict()) == {
@@ -85,18 +142,41 @@ def test_several_heads_learn_at_once():
     assert not [n for n, p in model.named_parameters() if p.grad is None]
 
 
-def test_recompute_gives_the_same_gradients():
+HEADS_OF_GRADIENTS = {
+    "dense": DENSE,
+    "fcos": {"kind": "fcos", "classes": 2, "dim": 32, "group": 2},
+    "unet": {"kind": "segmentation", "classes": 3, "output_stride": 4, "decoder_channels": [8] * 3},
+}
+
+
+@pytest.mark.parametrize("name", HEADS_OF_GRADIENTS)
+def test_recompute_gives_the_same_gradients(name):
     grads = []
     for recompute in (None, 3):
-        model = small({"ground": DENSE})
+        model = small({"ground": HEADS_OF_GRADIENTS[name]})  # in evaluation mode: batch norm
         model.recompute = recompute
+        boxes = [{"boxes": torch.tensor([[9.0, 9.0, 99.0, 80.0]]), "labels": torch.tensor([1])}]
+        target = boxes * 2 if name == "fcos" else torch.zeros(2, 25, 38, dtype=torch.int64)
         out = model(image(100, 150, batch=2))
-        model.heads["ground"].loss(
-            out.heads["ground"], torch.zeros(2, 25, 38, dtype=int)
-        ).backward()
-        grads.append([p.grad for p in model.parameters() if p.grad is not None])
-    for ours, expected in zip(*grads, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+        model.heads["ground"].loss(out.heads["ground"], target).backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 20
+    for key, expected in grads[0].items():
+        torch.testing.assert_close(grads[1][key], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_recompute_counts_once_in_running_statistics():
+    statistics = []
+    for recompute in (None, 100):  # all regions at once
+        model = small({"ground": HEADS_OF_GRADIENTS["unet"]}).train()
+        model.recompute = recompute
+        out = model(image(100, 150))
+        head = model.heads["ground"]
+        head.loss(out.heads["ground"], torch.zeros(1, 25, 38, dtype=torch.int64)).backward()
+        statistics.append([b for n, b in head.named_buffers() if "running" in n])
+    assert len(statistics[0]) > 4
+    for ours, expected in zip(*statistics, strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 def test_save_and_load_with_heads(tmp_path):
@@ -192,8 +272,10 @@ def dense_loss(target, **options):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: small({"a b": DENSE}), "names of heads must be identifiers, got 'a b'"),
-        (lambda: small({"keys": DENSE}), "names of heads must be identifiers, got 'keys'"),
+        (lambda: small({"a b": DENSE}), "names of heads must be identifiers other .* got 'a b'"),
+        (lambda: small({"keys": DENSE}), "names of heads must be identifiers other .* got 'keys'"),
+        (lambda: small({"run": DENSE}), "other than embedding, journal, preview, run, tokens"),
+        (lambda: small(["dense"]), r"heads must be a dict, name -> options, got \['dense'\]"),
         (lambda: small({"a": {"kind": "unet"}}), "must have a kind of classification, dense"),
         (lambda: small({"a": "dense"}), r"heads\['a'\] must have a kind of .* got 'dense'"),
         (lambda: small({"a": {"kind": "dense"}}), "lacks option classes; it takes classes, loss"),
@@ -234,6 +316,24 @@ def dense_loss(target, **options):
         ),
         (lambda: dense_loss(torch.full((1, 3, 4, 4), float("nan")), loss="bce"), "got nan"),
         (
+            lambda: small({"a": DENSE | {"kind": "segmentation", "decoder": "psp"}}),
+            "decoder must be one of unet, fpn, upernet, got 'psp'",
+        ),
+        (
+            lambda: small({"a": DENSE | {"kind": "segmentation", "decoder_channels": [8]}}),
+            r"one number for each of 3 blocks, from stride 32 to 4, got \(8,\)",
+        ),
+        (
+            lambda: small(
+                {"a": {"kind": "segmentation", "classes": 2, "decoder": "fpn", "output_stride": 8}}
+            ),
+            "output_stride must be at most 4 for 'fpn', got 8",
+        ),
+        (
+            lambda: small({"a": {"kind": "segmentation", "classes": 2, "group": 0}}),
+            "group must be at least 1 region, or None, got 0",
+        ),
+        (
             lambda: ClassificationHead(8, 3).loss(torch.zeros(2, 3), torch.tensor([0, 3])),
             r"ClassificationHead: target must hold labels in \[0, 3\), got 3",
         ),
@@ -252,3 +352,25 @@ def dense_loss(target, **options):
 def test_refuses_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_example_of_the_page_runs():
+    page = (Path(__file__).parent.parent / "docs" / "heads.md").read_text()
+    values = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, values)
+    assert set(values["found"]) == {"boxes", "scores", "labels"}
+    assert (
+        values["model"].heads["boxes"].pyramid.get_submodule("layer_blocks.0.0").weight.grad
+        is not None
+    )
+
+
+@pytest.mark.parametrize(
+    "kind, library, extra",
+    [("segmentation", "segmentation_models_pytorch.base", "seg"), ("detr", "transformers", "det")],
+)
+def test_a_missing_library_is_named_with_its_extra(kind, library, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ImportError, match=rf"pip install 'xt-kernels\[{extra}\]'"):
+        small({"a": {"kind": kind, "classes": 2}})

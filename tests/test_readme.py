@@ -40,7 +40,8 @@ def folder(tmp_path_factory):
     pixels = np.random.default_rng(0).integers(0, 256, (300, 530, 3), dtype=np.uint8)
     tifffile.imwrite(folder / "scene.tif", pixels, tile=(256, 256), photometric="rgb")
     tifffile.imwrite(folder / "images" / "scene.tif", pixels[:100, :100], photometric="rgb")
-    model = xm.create_model("convnext_atto", dim=32, num_heads=2, num_classes=3)
+    heads = {"water": {"kind": "dense", "classes": 2, "output_stride": 4}}
+    model = xm.create_model("convnext_atto", dim=32, num_heads=2, num_classes=3, heads=heads)
     model.save_pretrained(folder / "DIR")
     write(folder / "checkpoint.pth", empty())
     shutil.copytree(next(RESULTS.iterdir()), folder / "results")
@@ -110,6 +111,7 @@ def test_python_blocks(folder, tmp_path, monkeypatch):
     values = {
         "torch": torch,
         "image": torch.randint(0, 256, (1, 3, 300, 530), dtype=torch.uint8),
+        "mask": torch.zeros(1, 300, 530, dtype=torch.int64),
         "chunks": torch.randn(3, 1, 10, 768).unbind(),
         "mean": (0.5,) * 3,
         "std": (0.25,) * 3,
@@ -128,6 +130,7 @@ def test_python_blocks(folder, tmp_path, monkeypatch):
     assert values["result"].out == Path("out") and values["result"].embedding.shape == (768,)
     assert values["pixels"] == 786_432 and values["seen"] == [2, 3, 4]
     assert values["field"].shape == (512, 512)
+    assert {p.name for p in Path("maps").iterdir()} >= {"water.tif", "ships.json"}
     assert values["tokens"].shape == (157 * 219, 96)
     assert values["out"].shape == (1, 2, 5, 64)
     assert values["y"].shape == (1, 6, 5) and values["state"].shape == (1, 6, 4)

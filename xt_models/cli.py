@@ -235,7 +235,7 @@ def embed(image: Path, out: Path, preview: bool, trace: Path | None, **options: 
     with _opened(image) as source, _resumable(out):
         model = _model(source, options)
         profile = None if trace is None else Profile(next(model.parameters()).device)
-        result = _run(model, source, out, options, preview=preview, profile=profile)
+        result = _run(model, source, out, options, preview=preview, heads=False, profile=profile)
     _table(_stats_rows(result.stats))
     if profile is not None and trace is not None:
         click.echo("time went to")
@@ -268,7 +268,7 @@ def _embed_many(where: Path, out: Path, options: dict[str, Any], preview: bool) 
                     except ValueError as error:
                         raise click.ClickException(str(error)) from None
                     models.append(model)
-                _run(models[0], source, folder, options, preview=preview)
+                _run(models[0], source, folder, options, preview=preview, heads=False)
 
         def tell(image: Image, how: str) -> None:
             click.echo(f"{image.name}: {how}")
@@ -319,22 +319,44 @@ def verify(out: Path) -> None:
 
 @main.command()
 @_image
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="JSON file; default is the screen."
-)
+@click.option("-o", "--out", type=click.Path(path_type=Path),
+              help="JSON file of class scores (default is the screen); folder to make for a model "
+              "with further heads.")  # fmt: skip
 @click.option("--num-classes", type=click.IntRange(1), default=10, show_default=True,
               help="Classes of a new head (a saved model has its own).")  # fmt: skip
+@click.option("--maps", type=click.Choice(["prediction", "logits"]), default="prediction",
+              show_default=True, help="What maps hold: classes or scores, or logits.")  # fmt: skip
+@click.option("--map-format", type=click.Choice(["tif", "zarr"]), default="tif",
+              show_default=True, help="Tiled BigTIFF, or zarr.")  # fmt: skip
 @_model_options
-def predict(image: Path, out: Path | None, num_classes: int, **options: Any) -> None:
-    """Class scores of an image FILE of any size."""
+def predict(
+    image: Path, out: Path | None, num_classes: int, maps: str, map_format: str, **options: Any
+) -> None:
+    """What a model says of an image FILE of any size: class scores, and for each further head of a
+    saved model a map with the image's georeference, or boxes as COCO JSON and GeoJSON.
+
+    A run that writes a folder and is stopped goes on with the same command.
+    """
     import json
 
+    from .journal import part_of
     from .output import check_output, class_scores
 
     if out is not None:
-        check_output(out)
+        part_of(out)
     with _opened(image) as source:
         model = _model(source, options, num_classes=num_classes)
+        if len(model.heads):
+            if out is None:
+                raise click.UsageError("the model has further heads: name a folder with -o.")
+            more = {"tokens": False, "maps": maps, "map_format": map_format}
+            with _resumable(out):
+                result = _run(model, source, out, options, **more)
+            _table(_stats_rows(result.stats))
+            click.echo(f"wrote {out}/: {', '.join(sorted(path.name for path in out.iterdir()))}")
+            return
+        if out is not None:
+            check_output(out)
         if model.head is None:
             raise click.ClickException(
                 f"The model in {options['model_dir']} has no head (num_classes 0)."

@@ -39,6 +39,11 @@ class Features:
         self.region, self.keep, self.index = region, False, 0
         self.batch: Encoded | None = None
 
+    def stages(self) -> dict[int, torch.Tensor]:
+        """Earlier stages of the region, `[s_i, s_i, C_i]`."""
+        assert self.batch is not None
+        return {i: stage[self.index] for i, stage in self.batch.stages.items()}
+
     def settle(self, batch: Encoded, index: int) -> None:
         """Takes the row `index` of a batch that was just encoded."""
         self.batch, self.index = batch, index
@@ -59,10 +64,17 @@ class BatchEncoder:
 
     regions: the buffer `[batch_size, C, s, s]` to fill. encode() may be called when only its first
     rows are new; the others hold older regions, or zeros. rows: how many are encoded at once.
-    precision: dtype of the region encoder; what follows it keeps the model's.
+    precision: dtype of the region encoder; what follows it keeps the model's. stages: of
+    `model.encode`.
     """
 
-    def __init__(self, model: XT, batch_size: int, precision: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: XT,
+        batch_size: int,
+        precision: torch.dtype | None = None,
+        stages: bool = False,
+    ) -> None:
         parameter = next(model.parameters())
         precision = precision or parameter.dtype
         # A copy, so that the caller's weights stay as they are.
@@ -70,7 +82,7 @@ class BatchEncoder:
         if precision != parameter.dtype:
             self._copy = deepcopy(model.region_encoder).to(precision)
         side = model.config.region
-        self._model = model
+        self._model, self._stages = model, stages
         self.rows = batch_size
         self.regions = torch.zeros(
             batch_size, model.config.in_chans, side, side,
@@ -101,19 +113,24 @@ class BatchEncoder:
         than have another shape."""
         for start in range(0, len(self.regions), self.rows):
             begin = min(start, len(self.regions) - self.rows)
-            batch = self._model.encode(self.regions[begin : begin + self.rows], self._copy)
+            batch = self._encode(self.regions[begin : begin + self.rows])
             yield batch.map(itemgetter(slice(start - begin, None)))
+
+    def _encode(self, regions: torch.Tensor) -> Encoded:
+        return self._model.encode(regions, self._copy, stages=self._stages)
 
     def slots_agree(self) -> bool:
         """Whether a region's features do not depend on its slot, bit for bit. Encodes one batch the
         first time that it is asked for a model, shape, type and number of threads."""
         regions = self.regions[: self.rows]
-        key = (regions.shape, regions.dtype, regions.device, torch.get_num_threads())
+        key = (
+            regions.shape, regions.dtype, regions.device, torch.get_num_threads(), self._stages
+        )  # fmt: skip
         known = _AGREE.setdefault(self._model, {})
         if key not in known:
             noise = torch.Generator().manual_seed(0)
             one = torch.randn(regions.shape[1:], generator=noise).to(regions)
-            encoded = self._model.encode(one.expand_as(regions).contiguous(), self._copy)
+            encoded = self._encode(one.expand_as(regions).contiguous())
             outputs = [encoded.features, encoded.raw, *encoded.stages.values()]
             known[key] = all(bool((o == o[:1]).all()) for o in outputs if o is not None)
         return known[key]

@@ -5,6 +5,7 @@
       journal/log               one line a checkpoint: which files are on disk, with checksums
       journal/state-<n>.pt      where the walk stood: memory, sums, unfinished blocks
       journal/thumbnail         pixels of the preview
+      journal/maps              maps of heads, until they are whole
       run.json                  written last: checksums of all files of OUT, and of itself
 
 A line of the log follows the sync of what it names, so whatever kills a run, the last whole line is
@@ -97,9 +98,11 @@ class Run:
         self._count += 1
 
     def finish(self, record: dict[str, Any], files: Iterable[Path]) -> dict[str, Any]:
-        """Writes `run.json` over all files; from then on only the renaming is left to do."""
+        """Writes `run.json` over all files but the journal's own; from then on only the renaming is
+        left to do."""
         known = sorted((self._files | self._sync(files)).items())
-        record = record | {"identity": self._identity, "files": dict(known)}
+        kept = {name: facts for name, facts in known if Path(name).parts[0] != self.journal.name}
+        record = record | {"identity": self._identity, "files": kept}
         write_synced(self.part / RECORD, _record_bytes(record))
         return record
 
@@ -303,7 +306,8 @@ def model_identity(model: XT, settings: dict[str, Any]) -> dict[str, Any]:
     weights = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         weights.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        flat = tensor.detach().cpu().flatten()  # of no dimension: the counters of batch norm
+        weights.update(flat.view(torch.uint8).numpy().data)
     device = next(model.parameters()).device
     machine: dict[str, Any] = {"device": device.type, "torch": torch.__version__}
     if device.type == "cuda":

@@ -80,6 +80,7 @@ class XTConfig:
         check("tiling", self.tiling in TILINGS, f"one of {', '.join(TILINGS)}")
         check("pool", self.pool in ("mean", "token"), "'mean' or 'token'")
         check("chunk_regions", (self.chunk_regions or 1) >= 1, "at least 1, or None")
+        check("heads", isinstance(self.heads, dict), "a dict, name -> options")
         check("dim", self.dim >= 4 and self.dim % 4 == 0, "a positive multiple of 4")
         check(
             "pool",
@@ -165,9 +166,10 @@ class XT(nn.Module, HubModel):
     region_encoder: a ready encoder to use instead of building `config.encoder` with random weights.
 
     Attributes: head, the classification head or None; heads, the others by name, each with
-    `loss(output, target)` and `predict(output)`; recompute, regions that `forward` encodes at once
-    while gradients are recorded, to be encoded again in the backward pass, None for all at once and
-    nothing again.
+    `loss(output, target)` and `predict(output)`; recompute, regions that go through the region
+    encoder and through heads on maps at once while gradients are recorded, and once more in the
+    backward pass, None for all at once and nothing again. Batch norm in a decoder then takes its
+    statistics over that many.
     """
 
     config: XTConfig
@@ -292,21 +294,29 @@ class XT(nn.Module, HubModel):
         """Numbers of the region encoder's earlier stages that heads use."""
         return tuple(sorted({i for head in self.group_heads.values() for i in head.stages}))
 
-    def encode(self, regions: torch.Tensor, region_encoder: RegionEncoder | None = None) -> Encoded:
+    def encode(
+        self,
+        regions: torch.Tensor,
+        region_encoder: RegionEncoder | None = None,
+        *,
+        stages: bool = True,
+    ) -> Encoded:
         """regions `[R, C, s, s]`, normalised.
 
-        region_encoder: a copy to use instead of the model's, in another dtype perhaps.
+        region_encoder: a copy to use instead of the model's, in another dtype perhaps. stages: give
+            the earlier stages that heads use.
         """
         encoder = self.region_encoder if region_encoder is None else region_encoder
-        if self.stages:
+        maps: dict[int, torch.Tensor] = {}
+        if stages and self.stages:
             *earlier, raw = encoder.forward_stages(regions)
-            stages = {i: earlier[i] for i in self.stages}
+            maps = {i: earlier[i] for i in self.stages}
         else:
-            raw, stages = encoder(regions), {}
+            raw = encoder(regions)
         if region_encoder is not None:
             dtype = next(self.parameters()).dtype
-            raw, stages = raw.to(dtype), {i: m.to(dtype) for i, m in stages.items()}
-        return Encoded(self.input_proj(raw), raw if self.output_proj is not None else None, stages)
+            raw, maps = raw.to(dtype), {i: m.to(dtype) for i, m in maps.items()}
+        return Encoded(self.input_proj(raw), raw if self.output_proj is not None else None, maps)
 
     def _encode_all(self, regions: torch.Tensor) -> Encoded:
         """`encode`, as `recompute` says."""
@@ -400,8 +410,9 @@ class XT(nn.Module, HubModel):
         embedding = self.embed(summary, tokens.shape[1])
         logits = None if self.head is None else self.head(embedding)
         token_map = tokens.view(batch, *grid.token_shape(self.stride), -1)
+        recompute = self.recompute if torch.is_grad_enabled() else None
         outputs = {
-            name: run_head(head, token_map, stages, grid, self.stride)
+            name: run_head(head, token_map, stages, grid, self.stride, recompute)
             if isinstance(head, GroupHead)
             else head(embedding)
             for name, head in self.heads.items()

@@ -104,13 +104,13 @@ class WriteBehind:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-class TokenMapWriter:
-    """Writes tokens as the zarr array `[rows, cols, C]`, float32, block by block as regions arrive.
+class MapWriter:
+    """Writes a map as the zarr array `[rows, cols, C]`, block by block as regions arrive.
 
     A block holds `REGIONS_PER_BLOCK` neighbours of one region row; it is written once, when its
     last region has come, so a row-major or zig-zag walk keeps at most three blocks in memory.
-    Tokens of one chunk come at a time, row-major over the chunk.
 
+    stride: pixels a cell. empty: value where there is none. attributes: of the array.
     written: files since the caller last emptied it. blocks: what `blocks` was when an earlier
     writer of the same files stopped; None starts a new map.
     """
@@ -118,35 +118,39 @@ class TokenMapWriter:
     def __init__(
         self,
         path: Path,
-        model: XT,
         grid: RegionGrid,
-        source: ImageSource,
+        stride: int,
+        channels: int,
+        dtype: str,
+        empty: float,
+        attributes: dict[str, Any],
         blocks: dict[str, Any] | None = None,
     ) -> None:
         import zarr
         from zarr.codecs import BloscCodec
 
-        self._path, self._grid, self._stride = path, grid, model.stride
-        self._side = grid.region // model.stride
+        self._path, self._grid, self._empty = path, grid, empty
+        self._side = grid.region // stride
         self._blocks: dict[tuple[int, int], tuple[np.ndarray[Any, Any], int]] = {}
         self.written: list[Path] = []
-        rows, cols = grid.token_shape(model.stride)
-        if blocks is not None:
-            self._array = zarr.open_array(str(path), mode="r+")
-            for key, (block, missing) in blocks.items():
-                row, col = (int(n) for n in key.split(","))
-                self._blocks[row, col] = block.numpy(), missing
-            return
-        self._array = zarr.create_array(
-            str(path),
-            shape=(rows, cols, model.num_features),
-            chunks=(self._side, self._side * REGIONS_PER_BLOCK, model.num_features),
-            dtype="float32",
-            # A 1.5 MB block of tokens on one core (AMD EPYC, Zen 5): 2.3 ms and 0.89 of its size;
-            # with zarr's default 3.6 ms and 0.92, with none 1.2 ms.
-            compressors=BloscCodec(cname="lz4", clevel=1, shuffle="shuffle"),
-            attributes=token_map_attributes(model, source),
-        )
+        # A block of nothing but the fill value is a file all the same: the journal names it.
+        with zarr.config.set({"array.write_empty_chunks": True}):
+            if blocks is not None:
+                self._array = zarr.open_array(str(path), mode="r+")
+                for key, (block, missing) in blocks.items():
+                    row, col = (int(n) for n in key.split(","))
+                    self._blocks[row, col] = block.numpy(), missing
+                return
+            self._array = zarr.create_array(
+                str(path),
+                shape=(*grid.token_shape(stride), channels),
+                chunks=(self._side, self._side * REGIONS_PER_BLOCK, channels),
+                dtype=dtype,
+                # A 1.5 MB block of tokens on one core (AMD EPYC, Zen 5): 2.3 ms and 0.89 of its
+                # size; with zarr's default 3.6 ms and 0.92, with none 1.2 ms.
+                compressors=BloscCodec(cname="lz4", clevel=1, shuffle="shuffle"),
+                attributes=attributes,
+            )
         self.written.append(path / "zarr.json")
 
     @property
@@ -157,32 +161,22 @@ class TokenMapWriter:
             for (row, col), (block, missing) in self._blocks.items()
         }
 
-    def add(self, regions: Sequence[int], tokens: torch.Tensor) -> None:
-        """tokens: `[L, C]`, those of `regions` in row order."""
-        values = tokens.detach().float().cpu().contiguous()
-        channels = values.shape[1]
-        placement = self._grid.placement(tuple(regions), self._stride)
-        for region, slot in placement.slots.items():
-            start, pitch, height, width, row, col = placement.table[slot].tolist()
-            part = values.as_strided(
-                (height, width, channels), (pitch * channels, channels, 1), start * channels
-            )
-            self._put(region, (row, col, height, width), part.numpy())
-
     def leave_out(self, regions: Iterable[int]) -> None:
-        """Marks regions that have no tokens: their places in the map are NaN."""
-        rows, cols, _ = self._array.shape
+        """Marks regions that have no values."""
         for region in regions:
-            row, col = (n * self._side for n in divmod(region, self._grid.cols))
-            place = row, col, min(self._side, rows - row), min(self._side, cols - col)
-            self._put(region, place, np.float32(np.nan))
+            self.put(region, None)
 
-    def _put(self, region: int, place: tuple[int, int, int, int], values: Any) -> None:
-        row, col, height, width = place
+    def put(self, region: int, values: np.ndarray[Any, Any] | None) -> None:
+        """values: `[h, w, C]` of a region; what lies past the image's edge is not kept."""
+        rows, cols, _ = self._array.shape
+        row, col = (n * self._side for n in divmod(region, self._grid.cols))
+        height, width = min(self._side, rows - row), min(self._side, cols - col)
         key = (region // self._grid.cols, region % self._grid.cols // REGIONS_PER_BLOCK)
         block, missing = self._blocks.get(key) or self._new_block(key)
         top, left = key[0] * self._side, key[1] * self._side * REGIONS_PER_BLOCK
-        block[row - top : row - top + height, col - left : col - left + width] = values
+        block[row - top : row - top + height, col - left : col - left + width] = (
+            self._empty if values is None else values[:height, :width]
+        )
         if missing > 1:
             self._blocks[key] = block, missing - 1
             return
@@ -193,7 +187,9 @@ class TokenMapWriter:
     def close(self) -> None:
         """Checks that every block was written."""
         if self._blocks:
-            raise RuntimeError(f"token map: {len(self._blocks)} blocks never became complete.")
+            raise RuntimeError(
+                f"{self._path.name}: {len(self._blocks)} blocks never became complete."
+            )
 
     def _new_block(self, key: tuple[int, int]) -> tuple[np.ndarray[Any, Any], int]:
         rows, cols, channels = self._array.shape
@@ -204,14 +200,58 @@ class TokenMapWriter:
             channels,
         )
         members = min(REGIONS_PER_BLOCK, self._grid.cols - key[1] * REGIONS_PER_BLOCK)
-        return np.empty(shape, dtype=np.float32), members
+        return np.empty(shape, dtype=self._array.dtype), members
 
 
-def token_map_attributes(model: XT, source: ImageSource) -> dict[str, Any]:
-    """Where the token map lies: token (i, j) covers pixels [i * stride, (i + 1) * stride) down and
-    the same across, from `origin`. `transform` (6 affine numbers) and `mpp` are those of the map.
+class TokenMapWriter(MapWriter):
+    """Writes tokens as the zarr array `[rows, cols, C]`, float32, NaN where there are none.
+
+    Tokens of one chunk come at a time, row-major over the chunk.
     """
-    stride = model.stride
+
+    def __init__(
+        self,
+        path: Path,
+        model: XT,
+        grid: RegionGrid,
+        source: ImageSource,
+        blocks: dict[str, Any] | None = None,
+    ) -> None:
+        attributes = map_attributes(model, source, model.stride)
+        width = model.num_features
+        super().__init__(path, grid, model.stride, width, "float32", np.nan, attributes, blocks)
+        self._stride = model.stride
+
+    def add(self, regions: Sequence[int], tokens: torch.Tensor) -> None:
+        """tokens: `[L, C]`, those of `regions` in row order."""
+        values = tokens.detach().float().cpu()
+        for region, part in region_tokens(values, self._grid, regions, self._stride):
+            self.put(region, part.numpy())
+
+
+def region_tokens(
+    tokens: torch.Tensor, grid: RegionGrid, regions: Sequence[int], stride: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(region, view `[h, w, C]`) of tokens `[L, C]`, those of `regions` in row order."""
+    tokens = tokens.contiguous()
+    channels = tokens.shape[1]
+    placement = grid.placement(tuple(regions), stride)
+    for region, slot in placement.slots.items():
+        start, pitch, height, width, _, _ = placement.table[slot].tolist()
+        yield (
+            region,
+            tokens.as_strided(
+                (height, width, channels),
+                (pitch * channels, channels, 1),
+                tokens.storage_offset() + start * channels,
+            ),
+        )
+
+
+def map_attributes(model: XT, source: ImageSource, stride: int) -> dict[str, Any]:
+    """Where a map lies: cell (i, j) covers pixels [i * stride, (i + 1) * stride) down and the same
+    across, from `origin`. `transform` (6 affine numbers) and `mpp` are those of the map.
+    """
     out: dict[str, Any] = {
         "stride": stride,
         "origin": [0, 0],
@@ -236,8 +276,9 @@ def write_embedding(
     source: ImageSource,
     embedding: np.ndarray[Any, Any],
     logits: np.ndarray[Any, Any] | None,
+    heads: Mapping[str, np.ndarray[Any, Any]],
 ) -> None:
-    """Writes the image embedding and the class scores as JSON."""
+    """Writes the image embedding, the class scores, and those of further heads as JSON."""
     record: dict[str, Any] = {
         "image": source.name,
         "image_size": [source.height, source.width],
@@ -246,6 +287,8 @@ def write_embedding(
     }
     if logits is not None:
         record |= {"logits": logits.tolist()} | class_scores(logits)
+    if heads:
+        record["heads"] = {name: {"scores": scores.tolist()} for name, scores in heads.items()}
     path.write_text(json.dumps(record, indent=1))
 
 

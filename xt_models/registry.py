@@ -64,7 +64,7 @@ def create_model(
     context: "xl", "hyper", "mamba", "vit" or None; a suffix of `name` wins.
     pretrained: load timm's weights into the region encoder. Context encoder and head stay random.
     seed: of the random weights; the global generators are left as they were.
-    overrides: any field of `XTConfig`, such as num_classes, in_chans, chunk_regions.
+    overrides: any field of `XTConfig`, such as num_classes, heads, in_chans, chunk_regions.
 
     Warns with RandomWeightsWarning unless pretrained. Raises ValueError for unknown names, values.
     """

@@ -31,10 +31,15 @@ from xt_kernels.regions import RegionGrid
 from .context_encoder import Memory
 from .encoding import BatchEncoder, Features, Seen
 from .grid import Step
+from .group_walk import Piece
+from .heads.boxes import BoxHead
+from .heads.classification import Classifier
+from .heads.xview3 import XView3Head
 from .host import current_rss, peak_rss, reset_peak_rss
 from .journal import Run, identity_of, open_run
 from .model import XT, Encoded
 from .output import Thumbnail, TokenMapWriter, WriteBehind, write_embedding, write_preview
+from .predictions import HeadOutputs, MapFormat, Maps, read_boxes, read_points
 from .profiling import Profile, Spans, no_spans
 from .reading import Key, LeftOut, ReadAhead, Reader, Window, region_pixels
 from .source import ImageSource, SourceError, open_image
@@ -52,7 +57,8 @@ class ChunkTokens(NamedTuple):
     step: its place in `model.walk`. regions: its region numbers, less those left out. tokens:
     `[L, C]`, row-major over them, on the model's device. summary: its part of the embedding,
     `[1, C]`. memory: what the next chunk will see, or None; a model with memory="kv" writes over it
-    in the next chunks. left_out: why the other regions of the chunk have no tokens.
+    in the next chunks. left_out: why the other regions of the chunk have no tokens. stages: earlier
+    stages that heads use, region -> number -> map `[s_i, s_i, C_i]`.
     """
 
     step: int
@@ -61,6 +67,7 @@ class ChunkTokens(NamedTuple):
     summary: torch.Tensor
     memory: Memory | None
     left_out: dict[int, str]
+    stages: dict[int, dict[int, torch.Tensor]]
 
 
 class Visit(NamedTuple):
@@ -102,12 +109,15 @@ class StreamStats:
 
 @dataclass(frozen=True)
 class StreamResult:
-    """embedding `[C]` and logits `[classes]` or None, float32; stats; out: folder or None."""
+    """embedding `[C]` and logits `[classes]` or None, float32; stats; out: folder or None; heads,
+    by name: scores `[classes]`; boxes, scores, labels; or points; maps are in files only.
+    """
 
     embedding: np.ndarray[Any, np.dtype[np.float32]]
     logits: np.ndarray[Any, np.dtype[np.float32]] | None
     stats: StreamStats
     out: Path | None
+    heads: dict[str, Any]
 
 
 def stream_chunks(
@@ -122,6 +132,7 @@ def stream_chunks(
     drop: float | Literal["nodata"] | None = None,
     on_bad_tile: Literal["stop", "mask"] = "stop",
     precision: Precision | None = None,
+    stages: bool = False,
     on_regions: Callable[[Sequence[int], torch.Tensor], None] | None = None,
     on_visits: Callable[[Sequence[Visit]], None] | None = None,
     spans: Spans = no_spans,
@@ -140,6 +151,7 @@ def stream_chunks(
     on_bad_tile: "stop" raises for a tile that does not decode; "mask" leaves out its regions.
     precision: of the region encoder; the context encoder, which is a small part of the work, keeps
         the model's. None is the model's for both.
+    stages: give the earlier stages that heads use.
     on_regions: called with region numbers and normalised regions `[R, C, s, s]` of each batch, a
         buffer that the next batch fills again. Regions that are reused are not among them.
     on_visits: called with the visits that are done, in the order of the walk.
@@ -167,7 +179,7 @@ def stream_chunks(
     dropped, mask = drop_value(source, drop), on_bad_tile == "mask"
     device = next(model.parameters()).device
     reader = Reader(source, grid, chosen, fill, reuse, dropped, mask, pin=device.type == "cuda")
-    encoder = BatchEncoder(model, batch_size, precision and getattr(torch, precision))
+    encoder = BatchEncoder(model, batch_size, precision and getattr(torch, precision), stages)
     walk = _Walk(model, source, grid, steps, encoder, on_regions, on_visits, spans)
     walk.begin([k for k, step in enumerate(steps) for _ in step.regions][first:], start, memory)
     with torch.inference_mode(), ReadAhead(reader.read, batches, readers) as results:
@@ -212,7 +224,11 @@ class _Walk:
         width = model.num_features + (model.config.dim if model.output_proj is not None else 0)
         tokens = (grid.region // model.stride) ** 2
         pixels = source.bands * grid.region**2 * source.dtype.itemsize
-        self._seen = Seen(pixels + tokens * width * encoder.regions.element_size())
+        floats = tokens * width
+        for i in model.stages:
+            side = grid.region // model.region_encoder.strides[i]
+            floats += side**2 * model.region_encoder.channels[i]
+        self._seen = Seen(pixels + floats * encoder.regions.element_size())
         self._batch: list[Features] = []
         self._waiting: deque[_Waiting] = deque()
         self._chunk: _Chunk | None = None
@@ -312,7 +328,7 @@ class _Walk:
         else:
             tokens = self._encoder.regions.new_zeros(1, 0, self._model.num_features)
             summary = tokens.sum(1)
-        return ChunkTokens(step, regions, tokens[0], summary, self._memory, left_out)
+        return ChunkTokens(step, regions, tokens[0], summary, self._memory, left_out, chunk.stages)
 
 
 def _visit(waiting: _Waiting) -> Visit:
@@ -328,6 +344,7 @@ class _Chunk:
         self._model, self._grid, self.regions = model, grid, step.regions
         self.missing = len(step.regions)
         self.left_out: dict[int, str] = {}
+        self.stages: dict[int, dict[int, torch.Tensor]] = {}
         self._tokens: torch.Tensor | None = None
         self._raw: torch.Tensor | None = None
 
@@ -353,6 +370,7 @@ class _Chunk:
             else:
                 ids.append(waiting.region)
                 found.append(waiting.features)
+                self.stages[waiting.region] = waiting.features.stages()
         if not ids:
             return
         rows = list(_rows(found))
@@ -418,7 +436,11 @@ def stream(
     drop: float | Literal["nodata"] | None = None,
     on_bad_tile: Literal["stop", "mask"] = "stop",
     precision: Precision | None = None,
+    tokens: bool = True,
     preview: bool = True,
+    heads: bool = True,
+    maps: Maps = "prediction",
+    map_format: MapFormat = "tif",
     checkpoint_seconds: float = 10.0,
     progress: Callable[[int], None] | None = None,
     profile: Profile | None = None,
@@ -426,9 +448,13 @@ def stream(
     """Runs `model` over an image of any size in bounded memory and writes the results as they come.
 
     source: an `ImageSource`, or anything that `open_image` takes.
-    out: folder to make, holding `tokens.zarr`, `embedding.json`, `preview.png` and `run.json`; must
-        not exist. It appears under its name only when it is complete. None writes nothing.
-    preview: make the picture.
+    out: folder to make, holding `tokens.zarr`, `embedding.json`, `preview.png` and `run.json`, and
+        the files of heads; must not exist. It appears under its name only when it is complete. None
+        writes nothing.
+    tokens: write the token map. preview: make the picture, of the token map.
+    heads: run the heads of `XTConfig.heads`; those that give maps only if there is an `out`.
+    maps: "prediction", classes or scores, or "logits". map_format: "tif", a tiled BigTIFF (a
+        cloud-optimised one where rasterio is installed), or "zarr".
     checkpoint_seconds: how often the state of the run is saved in `<out>.part`. The same call after
         a run that was stopped, in whatever way, goes on from there and gives the same bytes.
     progress: called with the number of regions done since the last call.
@@ -454,11 +480,20 @@ def stream(
         check_bands(model, opened, bands)
         if not opened.height or not opened.width:
             raise SourceError(f"{opened.name}: expected at least one pixel, found none.")
-        streamed = _Streamed(model, opened, spans)
+        for name, value, known in (
+            ("maps", maps, ("prediction", "logits")),
+            ("map_format", map_format, ("tif", "zarr")),
+        ):
+            if value not in known:
+                raise ValueError(
+                    f"stream: {name} must be one of {', '.join(known)}, got {value!r}."
+                )
+        files = _Files(tokens, preview and tokens, heads and len(model.heads) > 0, maps, map_format)
+        streamed = _Streamed(model, opened, spans, files)
         with ExitStack() as stack:
             if out is not None:
-                identity = identity_of(model, opened, options | {"preview": preview})
-                streamed.open(stack.enter_context(open_run(out, identity)), preview)
+                identity = identity_of(model, opened, options | asdict(files))
+                streamed.open(stack.enter_context(open_run(out, identity)))
             if streamed.stats is None:
                 options |= {"readers": readers, "reuse": reuse, "on_bad_tile": on_bad_tile}
                 streamed.run(checkpoint_seconds, progress, **options)
@@ -471,27 +506,42 @@ def stream(
             profile.finish()
     assert streamed.stats is not None
     where = None if out is None else Path(out)
-    return StreamResult(streamed.embedding, streamed.logits, streamed.stats, where)
+    return StreamResult(streamed.embedding, streamed.logits, streamed.stats, where, streamed.heads)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What a run writes; part of what its bytes depend on."""
+
+    tokens: bool
+    preview: bool
+    heads: bool
+    maps: Maps
+    map_format: MapFormat
 
 
 class _Streamed:
     """One call of `stream`: sums over the chunks, and what is written of them."""
 
-    def __init__(self, model: XT, source: ImageSource, spans: Spans) -> None:
-        self._model, self._source, self._spans = model, source, spans
+    def __init__(self, model: XT, source: ImageSource, spans: Spans, files: _Files) -> None:
+        self._model, self._source, self._spans, self._files = model, source, spans, files
         self._grid = model.grid(source.height, source.width)
         self._run: Run | None = None
         self._map: TokenMapWriter | None = None
         self._thumbnail: Thumbnail | None = None
+        self._outputs: HeadOutputs | None = None
         self._state: dict[str, Any] = {
             "step": -1, "memory": None, "total": None, "visits": 0, "reused": 0, "chunks": 0,
-            "left_out": {}, "seconds": 0.0, "bytes_read": 0, "resumed": 0,
+            "left_out": {}, "seconds": 0.0, "bytes_read": 0, "resumed": 0, "held": {},
         }  # fmt: skip
+        self._new: list[Path] = []
+        """Files that are whole and that no checkpoint knows yet."""
         self.stats: StreamStats | None = None
         self.embedding: np.ndarray[Any, np.dtype[np.float32]]
         self.logits: np.ndarray[Any, np.dtype[np.float32]] | None = None
+        self.heads: dict[str, Any] = {}
 
-    def open(self, run: Run, preview: bool) -> None:
+    def open(self, run: Run) -> None:
         """Takes up the run where it stands."""
         self._run = run
         if run.record is not None:  # all is written, and only the folder has not its name yet
@@ -499,27 +549,58 @@ class _Streamed:
             self.embedding = np.array(written["embedding"], dtype=np.float32)
             if "logits" in written:
                 self.logits = np.array(written["logits"], dtype=np.float32)
+            for name, head in self._model.heads.items() if self._files.heads else ():
+                if isinstance(head, BoxHead):
+                    self.heads[name] = read_boxes(run.part / f"{name}.json")
+                elif isinstance(head, XView3Head):
+                    self.heads[name] = read_points(run.part / f"{name}.csv")
+                elif isinstance(head, Classifier):
+                    scores = written["heads"][name]["scores"]
+                    self.heads[name] = np.array(scores, dtype=np.float32)
             self.stats = StreamStats(**run.record["stats"])
             return
-        blocks = None
+        blocks = saved = None
         if run.state is not None:
             device = next(self._model.parameters()).device
             self._state = run.state
             self._state["resumed"] += 1
-            blocks = self._state.pop("blocks")
+            blocks, saved = self._state.pop("blocks"), self._state.pop("saved")
+            for held in self._state["held"].values():
+                held |= {name: value.to(device) for name, value in held.items()}
             for name in ("memory", "total"):
                 if self._state[name] is not None:
                     self._state[name] = self._state[name].to(device)
-        if preview:
+        if self._files.preview:
             path = run.journal / "thumbnail"
             self._thumbnail = Thumbnail(self._grid, self._model, self._source, path)
-        path = run.part / "tokens.zarr"
-        self._map = TokenMapWriter(path, self._model, self._grid, self._source, blocks)
+        if self._files.tokens:
+            path = run.part / "tokens.zarr"
+            self._map = TokenMapWriter(path, self._model, self._grid, self._source, blocks)
+        if self._files.heads:
+            self._open_outputs(saved)
+
+    def _open_outputs(self, saved: dict[str, Any] | None) -> None:
+        run, state = self._run, self._state
+        steps = self._model.walk(self._grid)[: state["step"] + 1]
+        self._outputs = HeadOutputs(
+            self._model,
+            self._source,
+            self._files.maps,
+            self._files.map_format,
+            None if run is None else run.part,
+            None if run is None else run.journal / "maps",
+            [region for step in steps if step.emit for region in step.regions],
+            list(state["left_out"]),
+            state["held"],
+            saved,
+        )
 
     def run(
         self, checkpoint_seconds: float, progress: Callable[[int], None] | None, **options: Any
     ) -> None:
         """The walk from where the run stands to its end."""
+        if self._files.heads and self._run is None:
+            self._open_outputs(None)
         state, before = self._state, dict(self._state)
         reset_peak_rss()
         base, read_before, start = current_rss(), self._source.bytes_read, time.perf_counter()
@@ -552,14 +633,21 @@ class _Streamed:
                 self._source,
                 on_regions=on_regions,
                 on_visits=on_visits,
+                stages=self._outputs is not None,
                 spans=self._spans,
                 start=state["step"] + 1,
                 memory=state["memory"],
                 **options,
             ):
-                if self._map is not None:
+                pieces: list[Piece] = []
+                if self._outputs is not None:
+                    with self._spans("heads"):
+                        pieces = self._outputs.take(
+                            chunk.regions, chunk.tokens, chunk.stages, list(chunk.left_out)
+                        )
+                if self._map is not None or pieces:
                     with self._spans("idle"):
-                        writer.submit(self._write, chunk)
+                        writer.submit(self._write, chunk._replace(stages={}), pieces)
                 total = state["total"]
                 state["total"] = chunk.summary if total is None else total + chunk.summary
                 state["step"], state["memory"] = chunk.step, chunk.memory
@@ -577,19 +665,25 @@ class _Streamed:
         self._source.check_unchanged()
         self._finish(base)
 
-    def _write(self, chunk: ChunkTokens) -> None:
-        assert self._map is not None
+    def _write(self, chunk: ChunkTokens, pieces: list[Piece]) -> None:
         with self._spans("write"):
-            self._map.add(chunk.regions, chunk.tokens)
-            self._map.leave_out(chunk.left_out)
+            if self._map is not None:
+                self._map.add(chunk.regions, chunk.tokens)
+                self._map.leave_out(chunk.left_out)
+                self._new += self._map.written
+                self._map.written.clear()
+            if self._outputs is not None:
+                self._new += self._outputs.write(pieces)
 
     def _checkpoint(self, state: dict[str, Any]) -> None:
-        assert self._run is not None and self._map is not None
+        assert self._run is not None
         with self._spans("write"):
             if self._thumbnail is not None:
                 self._thumbnail.sync()
-            self._run.checkpoint(state | {"blocks": self._map.blocks}, self._map.written)
-            self._map.written.clear()
+            state["blocks"] = None if self._map is None else self._map.blocks
+            state["saved"] = None if self._outputs is None else self._outputs.saved
+            self._run.checkpoint(state, self._new)
+            self._new.clear()
 
     def _finish(self, base: int) -> None:
         """Embedding, scores, stats, and the files that hold them."""
@@ -609,6 +703,14 @@ class _Streamed:
             self.embedding = embedding[0].float().cpu().numpy()
             if model.head is not None:
                 self.logits = model.head(embedding)[0].float().cpu().numpy()
+            for name, head in model.heads.items() if self._files.heads else ():
+                if isinstance(head, Classifier):
+                    self.heads[name] = head.predict(head(embedding))[0].cpu().numpy()
+        scores = dict(self.heads)
+        files: list[Path] = []
+        if self._outputs is not None:
+            found, files = self._outputs.finish()
+            self.heads |= found
         self.stats = StreamStats(
             regions=state["visits"],
             reused=state["reused"],
@@ -624,11 +726,11 @@ class _Streamed:
         if self._run is None:
             return
         part = self._run.part
-        files = [part / "embedding.json"]
-        write_embedding(files[0], model, self._source, self.embedding, self.logits)
+        files.append(part / "embedding.json")
+        write_embedding(files[-1], model, self._source, self.embedding, self.logits, scores)
         if self._thumbnail is not None:
             files.append(part / "preview.png")
-            write_preview(files[1], part / "tokens.zarr", self._thumbnail, model, self._source)
+            write_preview(files[-1], part / "tokens.zarr", self._thumbnail, model, self._source)
         left_out = {str(region): why for region, why in sorted(state["left_out"].items())}
         self._run.finish({"stats": asdict(self.stats), "left_out": left_out}, files)
 

@@ -26,8 +26,16 @@ __all__ = [
 KINDS = {
     "classification": ("classification", "classification"),
     "dense": ("dense", "DenseHead"),
+    "segmentation": ("segmentation", "SegmentationHead"),
+    "fcos": ("detection", "FcosHead"),
+    "detr": ("detection", "DetrHead"),
+    "xview3": ("xview3", "XView3Head"),
 }
 """Kind of head -> module and callable that builds it: `callable(trunk, **options)`."""
+
+
+RESERVED = ("embedding", "journal", "preview", "run", "tokens")
+"""Names of files that a run writes besides those of heads."""
 
 
 def build_head(name: str, options: dict[str, Any], trunk: Trunk) -> nn.Module:
@@ -36,8 +44,11 @@ def build_head(name: str, options: dict[str, Any], trunk: Trunk) -> nn.Module:
     Raises ValueError for an unknown kind or option, ImportError with the extra to install.
     """
     where = f"heads[{name!r}]"
-    if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
-        raise ValueError(f"XTConfig: names of heads must be identifiers, got {name!r}.")
+    if not name.isidentifier() or hasattr(nn.ModuleDict(), name) or name in RESERVED:
+        raise ValueError(
+            f"XTConfig: names of heads must be identifiers other than {', '.join(RESERVED)} and "
+            f"attributes of a module, got {name!r}."
+        )
     if not isinstance(options, dict) or options.get("kind") not in KINDS:
         got = options.get("kind") if isinstance(options, dict) else options
         raise ValueError(f"XTConfig: {where} must have a kind of {', '.join(KINDS)}, got {got!r}.")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from xt_kernels.regions import RegionGrid
 
@@ -129,11 +133,14 @@ def run_head(
     stages: dict[int, torch.Tensor],
     grid: RegionGrid,
     stride: int,
+    recompute: int | None = None,
 ) -> Any:
     """The output of a head for whole images in memory.
 
     tokens: `[B, h, w, C]`, row-major over the image, without tokens of pure padding. stages:
-    `[B, R, s_i, s_i, C_i]`, region by region. stride: pixels a token.
+    `[B, R, s_i, s_i, C_i]`, region by region. stride: pixels a token. recompute: regions that the
+    head sees at once, at least one group, to run on them again in the backward pass; None: all at
+    once and nothing again.
     """
     side = grid.region // stride
     rows, cols = grid.rows * side, grid.cols * side
@@ -152,7 +159,53 @@ def run_head(
         parts = stages[i]
         whole = join_regions(parts.view(len(parts), grid.rows, grid.cols, *parts.shape[2:]))
         maps[i] = cut(whole, parts.shape[2])
-    return head.join(head(cut(tokens, side), maps), groups, grid)
+    tokens = cut(tokens, side)
+    if recompute is None:
+        return head.join(head(tokens, maps), groups, grid)
+    size = max(recompute // (groups[0].rows * groups[0].cols), 1)
+    again = partial(_again, head)
+    raw = [
+        checkpoint(
+            head,
+            tokens[i : i + size],
+            {n: m[i : i + size] for n, m in maps.items()},
+            use_reentrant=False,
+            context_fn=again,
+        )
+        for i in range(0, len(tokens), size)
+    ]
+    return head.join(_cat(raw), groups, grid)
+
+
+def _again(head: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For the first run, and for that in the backward pass, which no running statistic counts."""
+    return nullcontext(), _statistics_kept(head)
+
+
+@contextmanager
+def _statistics_kept(head: nn.Module) -> Iterator[None]:
+    norms = [m for m in head.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def _cat(raw: list[Any]) -> Any:
+    if isinstance(raw[0], torch.Tensor):
+        return torch.cat(raw)
+    return {name: _cat([part[name] for part in raw]) for name in raw[0]}
+
+
+def one_group(raw: Any, index: int) -> Any:
+    """The raw output of one group of several, its first axis kept."""
+    if isinstance(raw, torch.Tensor):
+        return raw[index : index + 1]
+    return {name: one_group(value, index) for name, value in raw.items()}
 
 
 def join_regions(parts: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -68,7 +70,7 @@ class MapHead(GroupHead):
         """Classes `[B, h, w]`, int64, or scores in [0, 1], `[B, K, h, w]`, float32."""
         return output.argmax(1) if self.is_exclusive else output.float().sigmoid()
 
-    def loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def loss(self, output: torch.Tensor, target: Any) -> torch.Tensor:
         """Mean over the cells.
 
         target: of the size of the output: classes `[B, h, w]`, integers, for "cross_entropy";
@@ -76,23 +78,27 @@ class MapHead(GroupHead):
         """
         name, shape = type(self).__name__, list(output.shape)
         output = output.float()
+        mean: torch.Tensor
         if self.is_exclusive:
             check_same_shape(name, target, "[B, h, w]", [shape[0], *shape[2:]])
             check_labels(name, target, self.classes, self.ignore_index)
-            target = target.long()
             kept = (target != self.ignore_index).sum().clamp(min=1)
-            total = F.cross_entropy(output, target, ignore_index=self.ignore_index, reduction="sum")
-            return total / kept
+            total = F.cross_entropy(
+                output, target.long(), ignore_index=self.ignore_index, reduction="sum"
+            )
+            mean = total / kept
+            return mean
         check_same_shape(name, target, "[B, K, h, w]", shape)
         check_shares(name, target)
         target = target.to(output.dtype)
         if self.kind_of_loss == "focal":
             from torchvision.ops import sigmoid_focal_loss
 
-            loss: torch.Tensor = sigmoid_focal_loss(output, target, reduction="mean")
-            return loss
-        weight = None if self.pos_weight is None else output.new_tensor(self.pos_weight)
-        return F.binary_cross_entropy_with_logits(output, target, pos_weight=weight)
+            mean = sigmoid_focal_loss(output, target, reduction="mean")
+        else:
+            weight = None if self.pos_weight is None else output.new_tensor(self.pos_weight)
+            mean = F.binary_cross_entropy_with_logits(output, target, pos_weight=weight)
+        return mean
 
 
 def own_part(raw: torch.Tensor, group: Group, side: int) -> torch.Tensor:

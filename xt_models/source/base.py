@@ -60,7 +60,8 @@ class ImageSource(ABC):
         block: (rows, columns) of the natural storage unit of level 0: a tile, a strip, a chunk;
             (1, width) where rows lie one after the other. Windows aligned to it are the fast ones.
         metadata: JSON-able facts: "format", "compression", and where the file has them "crs"
-            ("EPSG:32633" or WKT), "transform" ([a, b, c, d, e, f]: x = a column + b row + c,
+            ("EPSG:32633" or WKT), "crs_kind" ("projected", "geographic" or "geocentric", of GeoTIFF
+            only), "transform" ([a, b, c, d, e, f]: x = a column + b row + c,
             y = d column + e row + f), "mpp" ([y, x], microns per pixel), "nodata".
         recipe: the callable and its arguments that make this source again; for pickle.
         spans: takes the times of "read" and "decode".

@@ -19,6 +19,9 @@ _MODEL, _RASTER, _GEOGRAPHIC, _PROJECTED, _VERTICAL = 1024, 1025, 2048, 3072, 40
 _IS_PROJECTED, _IS_GEOGRAPHIC, _IS_GEOCENTRIC, _IS_POINT, _USER_DEFINED = 1, 2, 3, 2, 32767
 
 
+_KINDS = {_IS_PROJECTED: "projected", _IS_GEOGRAPHIC: "geographic", _IS_GEOCENTRIC: "geocentric"}
+
+
 def tiff_metadata(directory: Directory) -> dict[str, Any]:
     """Georeference, microns per pixel, nodata, orientation: whatever the first page tells."""
     name, description = directory.file.name, directory.text("description")
@@ -32,6 +35,7 @@ def tiff_metadata(directory: Directory) -> dict[str, Any]:
         "mpp": _microns_per_pixel(directory, description),
         "transform": _geo_transform(directory) or world_file(name),
         "crs": _geo_crs(directory),
+        "crs_kind": _KINDS.get(_geo_keys(directory).get(_MODEL, 0)),
     }
     return {key: value for key, value in found.items() if value is not None}
 
