@@ -672,69 +672,79 @@ def _numbers_line(found: dict[str, float]) -> str:
     return f"step {found['step']}, epoch {found['epoch']:.4g}: " + ", ".join(rest)
 
 
-def _table_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(
-        [
-            click.option("-o", "--out", required=True, type=click.Path(path_type=Path),
-                         help="Folder to make."),
-            click.option("--seeds", type=click.IntRange(1), default=3, show_default=True,
-                         help="Runs of each row; seeds count from 0."),
-            click.option("--steps", type=click.IntRange(1), default=1000, show_default=True,
-                         help="Batches of 64 images a run."),
-            click.option("--jobs", type=click.IntRange(1), default=1, show_default=True,
-                         help="Runs at a time, one thread each."),
-        ]
-    ):  # fmt: skip
-        command = option(command)
-    return command
+def _table_options(steps: int, batch: str) -> Callable[..., Any]:
+    options = [
+        click.option("-o", "--out", required=True, type=click.Path(path_type=Path),
+                     help="Folder to make."),
+        click.option("--rows", help="Rows to train, with commas between; all."),
+        click.option("--seeds", type=click.IntRange(1), default=3, show_default=True,
+                     help="Runs of each row; seeds count from 0."),
+        click.option("--steps", type=click.IntRange(1), default=steps, show_default=True,
+                     help=f"Batches of {batch} a run."),
+        click.option("--jobs", type=click.IntRange(1), default=1, show_default=True,
+                     help="Runs at a time, one thread each."),
+    ]  # fmt: skip
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 @train_.command("cue-digits")
-@click.option("--rows", help="Rows to train, with commas between, e.g. 64/32,xl-through; all.")
-@_table_options
-def cue_digits(rows: str | None, **options: Any) -> None:
+@_table_options(1000, "64 images")
+def cue_digits(**options: Any) -> None:
     """The proof that context matters: the label is in one region, its place in another."""
-    from .train.cue_digits import ROWS
+    _train_table("cue-digits", **options)
 
-    names = list(ROWS) if rows is None else list(dict.fromkeys(rows.split(",")))
-    _train_table("cue-digits", names, **options)
+
+@train_.command("shoreline")
+@_table_options(100, "32 scenes")
+@click.option("--save", is_flag=True, help="Keep the models, in OUT/<row>-<seed>/.")
+def shoreline(**options: Any) -> None:
+    """The same for maps: which bright dots are vessels, a coast that lies elsewhere says."""
+    _train_table("shoreline", **options)
 
 
 @train_.command()
 @click.argument("what", type=click.Choice(["encoder", "depth", "resolution", "locality"]))
-@_table_options
-def ablate(what: str, **options: Any) -> None:
-    """The paper's ablations (tables 5a, 5b, 5c, 6) on the task of cue-digits."""
-    from .train.cue_digits import ABLATIONS
+@_table_options(1000, "64 images")
+def ablate(what: str, rows: str | None, **options: Any) -> None:
+    """The paper's ablations (tables 5a, 5b, 5c, 6) on the images of cue-digits."""
+    from .train.ablate import ABLATIONS
 
-    _train_table(what, list(ABLATIONS[what]), **options)
+    _train_table("ablate", rows=rows or ",".join(ABLATIONS[what]), **options)
 
 
 def _train_table(
-    title: str, names: list[str], out: Path, seeds: int, steps: int, jobs: int
+    name: str, out: Path, rows: str | None, seeds: int, steps: int, jobs: int, save: bool = False
 ) -> None:
-    """Trains rows of cue-digits, fills `out` and prints the table."""
     from tqdm import tqdm
 
     from .output import check_output
-    from .train.table import check_row, format_table, write_table
+    from .train.table import check_row, find_task, format_table, write_table
 
     check_output(out)
-    for name in names:
-        check_row(name)
+    known = find_task(name)
+    names = list(known.ROWS) if rows is None else list(dict.fromkeys(rows.split(",")))
+    for row in names:
+        check_row(name, row)
     total = len(names) * seeds * steps
-    with tqdm(total=total, unit=" steps", desc=title, file=sys.stderr) as bar:
+    with tqdm(total=total, unit=" steps", desc=name, file=sys.stderr) as bar:
 
         def tell(run: Run) -> None:
-            accuracy = f"{run.points[-1].accuracy:.1f} %"
-            line = f"{run.row}, seed {run.seed}: {accuracy} in {_seconds(run.seconds)}"
+            score = f"{known.METRIC} {run.points[-1].score:.1f} %"
+            line = f"{run.row}, seed {run.seed}: {score} in {_seconds(run.seconds)}"
             bar.write(line, file=sys.stderr)
 
         table = write_table(
-            out, names, seeds=seeds, steps=steps, jobs=jobs, on_steps=bar.update, on_run=tell
-        )
+            out, name, names, seeds=seeds, steps=steps, jobs=jobs, save=save,
+            on_steps=bar.update, on_run=tell,
+        )  # fmt: skip
     click.echo(format_table(table))
-    click.echo(f"wrote {out}/: curves.csv, table.json, curves.png")
+    click.echo(f"wrote {out}/: curves.csv, table.json, curves.png" + ", models" * save)
 
 
 @main.command("convert-checkpoint")
