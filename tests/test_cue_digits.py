@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 
 from xt_models.cli import main
+from xt_models.train import ablate, table
 from xt_models.train import cue_digits as cue
-from xt_models.train import table
 
 CLASSES = range(10)
+ALL = cue.ROWS | ablate.ROWS
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +115,12 @@ def test_ceilings_hold_on_the_test_set_even_for_one_who_knows_it(digits):
     assert (layout.named != layout.cue).all()
 
 
-@pytest.mark.parametrize("name", list(cue.ROWS))
+@pytest.mark.parametrize("name", list(ALL))
 def test_a_row_sees_what_its_ceiling_says(name, digits):
     """The same digits and cue in other places: a bag cannot tell, a context can."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = cue.CueDigits(cue.ROWS[name]).eval().double()
+        model = cue.CueDigits(ALL[name]).eval().double()
 
     def logits(layout):
         with torch.no_grad():
@@ -130,7 +131,7 @@ def test_a_row_sees_what_its_ceiling_says(name, digits):
     b = a._replace(digits=a.digits.roll(1, 1), cue=a.cue + 1)
     x, y = logits(a), logits(b)
     assert x.shape == (64, 10)
-    assert cue.ROWS[name].ceiling == {
+    assert ALL[name].ceiling == {
         "downsampled": 10, "32/32": 10, "one-region": 40, "bag": 43, "xl-no-memory": 43,
         "mamba-no-state": 43,
     }.get(name)  # fmt: skip
@@ -156,7 +157,7 @@ def test_a_row_sees_what_its_ceiling_says(name, digits):
 )
 def test_only_one_row_sends_gradient_through_memory(name, through, digits):
     """The last chunk's class token reaches the pixels of the chunks before it, or does not."""
-    model = cue.CueDigits(cue.ROWS[name]).eval()
+    model = cue.CueDigits(ALL[name]).eval()
     layout = layout_of(digits, 4)
     images = cue.render(digits[0], layout).requires_grad_()
     seen = []
@@ -183,7 +184,7 @@ def test_a_short_training_learns(monkeypatch):
     points = list(cue.train("bag", 0, 80, copies=1))
     assert [p.step for p in points] == [20, 40, 60, 80]
     assert points[-1].loss < points[0].loss - 0.3
-    assert 20 < points[-1].accuracy <= 43
+    assert 20 < points[-1].score <= 43
 
 
 def xt(*words):
@@ -224,15 +225,47 @@ def test_the_command_leaves_a_table_curves_and_a_picture(tmp_path):
     assert refused.exit_code == 1 and "out exists already" in refused.output
 
 
+@pytest.mark.parametrize("what", list(ablate.ABLATIONS))
+def test_an_ablation_is_a_table_of_its_rows(what, tmp_path, monkeypatch):
+    seen = []
+
+    def write(out, name, rows, **options):
+        seen.append((name, rows, options["seeds"], options["steps"], options["jobs"]))
+        runs = [table.Run(row, 0, [cue.Point(1, 1.0, 50.0)], 1.0) for row in rows]
+        return table._summary(name, rows, runs, 1, 1, 1)
+
+    monkeypatch.setattr(table, "write_table", write)
+    command = ["train", "ablate", what, "-o", str(tmp_path / "out"), "--seeds", "2", "--jobs", "2"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    assert seen == [("ablate", list(ablate.ABLATIONS[what]), 2, cue.STEPS, 2)]
+    for name in ablate.ABLATIONS[what]:
+        assert f"{name} " in result.output and ALL[name].title in result.output
+
+
+def test_the_ablations_are_what_they_say():
+    def size(name):
+        return sum(p.numel() for p in cue.CueDigits(ALL[name]).parameters())
+
+    assert size("depth-4") - size("64/32") == 2 * (size("64/32") - size("depth-1")) > 0
+    assert size("vit") == size("64/32") == size("64/16")
+    causal, free = (cue.CueDigits(ALL[name]).context.layers[0].mixer.causal
+                    for name in ("64/32", "vit"))  # fmt: skip
+    assert causal and not free
+
+
 def test_the_interval_is_students():
     def run(seed, accuracy):
         return table.Run("64/32", seed, [cue.Point(1, 1.0, accuracy)], 1.0)
 
     runs = [run(0, 90.0), run(1, 92.0), run(2, 94.0)]
-    row = table._summary(["64/32"], runs, 3, 1, 1)["rows"]["64/32"]
+    row = table._summary("cue-digits", ["64/32"], runs, 3, 1, 1)["rows"]["64/32"]
     # t(0.975, 2) = 4.302653 from printed tables; s = 2.
     assert row["mean"] == 92 and row["half_width_95"] == pytest.approx(4.302653 * 2 / 3**0.5)
-    assert table._summary(["64/32"], runs[:1], 1, 1, 1)["rows"]["64/32"]["half_width_95"] is None
+    assert (
+        table._summary("cue-digits", ["64/32"], runs[:1], 1, 1, 1)["rows"]["64/32"]["half_width_95"]
+        is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -255,8 +288,8 @@ def test_bad_options_end_in_one_sentence(words, message, tmp_path):
 
 @pytest.mark.parametrize("module, package", [("sklearn", "scikit-learn"), ("matplotlib",) * 2])
 def test_a_missing_package_is_named(module, package, tmp_path, monkeypatch):
-    find = cue.find_spec
-    monkeypatch.setattr(cue, "find_spec", lambda name: None if name == module else find(name))
+    find = table.find_spec
+    monkeypatch.setattr(table, "find_spec", lambda name: None if name == module else find(name))
     result = xt("-o", tmp_path / "out")
     assert result.exit_code == 1 and not list(tmp_path.iterdir())
     assert re.search(
@@ -291,7 +324,7 @@ def die(*_):
 def test_a_process_that_dies_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(table, "_work", die)
     with pytest.raises(RuntimeError, match="process of 64/32, seed 0, ended with exit code 3"):
-        table.write_table(tmp_path / "out", ["64/32"], seeds=2, steps=1)
+        table.write_table(tmp_path / "out", "cue-digits", ["64/32"], seeds=2, steps=1)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
-        table.write_table(tmp_path / "out", ["64/32"], steps=0)
+        table.write_table(tmp_path / "out", "cue-digits", ["64/32"], steps=0)

@@ -564,45 +564,207 @@ def _field_images(source: ImageSource | None, options: dict[str, Any]) -> Iterat
         yield torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
 
 
-@main.group("train")
+class _Trainings(click.Group):
+    """What is no name of a command is a CONFIG."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args[0] not in self.commands:
+            args = ["run", *args]
+        return super().resolve_command(ctx, args)
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return ["CONFIG|COMMAND", "[OPTIONS]"]
+
+
+def _show_recipes(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if not value:
+        return
+    from .train.config import describe, shipped
+
+    _table([(name, describe(path)) for name, path in shipped().items()])
+    ctx.exit()
+
+
+@main.group("train", cls=_Trainings)
+@click.option("--list", is_flag=True, callback=_show_recipes, expose_value=False, is_eager=True,
+              help="Shows the recipes in the package: names that CONFIG may be.")  # fmt: skip
 def train_() -> None:
-    """Trains small examples that end in a table."""
+    """Trains what a recipe says: CONFIG is a TOML file or a name of `xt train --list`.
+
+    `xt train CONFIG --help` has its options. The commands below are small examples that end in a
+    table.
+    """
+
+
+def _changes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> Any:
+    """Values by dotted key; what is no TOML value is a string."""
+    import tomllib
+
+    out: dict[str, Any] = {}
+    for each in values:
+        key, equal, text = each.partition("=")
+        if not equal or "." not in key:
+            raise click.BadParameter(f"expected TABLE.KEY=VALUE, got {each!r}.")
+        try:
+            out[key.strip()] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            out[key.strip()] = text.strip()
+    return out
+
+
+@train_.command("run", hidden=True)
+@click.argument("config", metavar="CONFIG")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+@click.option("--data", "root", type=click.Path(path_type=Path),
+              help="Folder of the data; replaces data.root.")  # fmt: skip
+@click.option("--set", "changes", multiple=True, callback=_changes, metavar="TABLE.KEY=VALUE",
+              help="Replaces a value of CONFIG: --set train.epochs=3")  # fmt: skip
+@click.option("--device", type=click.Choice(["auto", "cpu"]), default="auto", show_default=True,
+              help="auto takes the GPU that accelerate finds.")  # fmt: skip
+def train_run(
+    config: str, out: Path, root: Path | None, changes: dict[str, Any], device: str
+) -> None:
+    """Trains what CONFIG says, a TOML file or a name of `xt train --list`.
+
+    Stopped in whatever way, the same command goes on where it was, with the same losses. Several
+    processes: `accelerate launch -m xt_models.cli train CONFIG -o OUT`.
+    """
+    from tqdm import tqdm
+
+    from .journal import part_of
+    from .train.config import load
+    from .train.fit import fit
+
+    part_of(out)
+    if root is not None:
+        changes["data.root"] = str(root.absolute())  # not beside CONFIG
+    recipe = load(config, changes)
+    with (
+        _resumable(out),
+        tqdm(unit=" steps", desc=Path(config).stem, file=sys.stderr, disable=_is_worker()) as bar,
+    ):
+
+        def begin(step: int, steps: int) -> None:
+            bar.reset(steps)
+            bar.update(step)
+
+        def stepped(step: int, loss: float) -> None:
+            bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+            bar.update()
+
+        def tell(found: dict[str, float]) -> None:
+            bar.write(_numbers_line(found), file=sys.stderr)
+
+        last = fit(recipe, out, device=device, on_start=begin, on_step=stepped, on_validation=tell)
+    if not _is_worker():
+        if last:
+            click.echo(_numbers_line(last))
+        click.echo(f"wrote {out}/: model, " + "best, " * bool(last) + "log.csv, run.json")
+
+
+def _is_worker() -> bool:
+    """Whether another process of the same run speaks to the user."""
+    return os.environ.get("RANK", "0") != "0"
+
+
+def _numbers_line(found: dict[str, float]) -> str:
+    rest = (f"{name} {value:.4g}" for name, value in found.items() if name not in ("step", "epoch"))
+    return f"step {found['step']}, epoch {found['epoch']:.4g}: " + ", ".join(rest)
+
+
+def _table_options(steps: int, batch: str) -> Callable[..., Any]:
+    options = [
+        click.option("-o", "--out", required=True, type=click.Path(path_type=Path),
+                     help="Folder to make."),
+        click.option("--rows", help="Rows to train, with commas between; all."),
+        click.option("--seeds", type=click.IntRange(1), default=3, show_default=True,
+                     help="Runs of each row; seeds count from 0."),
+        click.option("--steps", type=click.IntRange(1), default=steps, show_default=True,
+                     help=f"Batches of {batch} a run."),
+        click.option("--jobs", type=click.IntRange(1), default=1, show_default=True,
+                     help="Runs at a time, one thread each."),
+    ]  # fmt: skip
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 @train_.command("cue-digits")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
-@click.option("--rows", help="Rows to train, with commas between, e.g. 64/32,xl-through; all.")
-@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True,
-              help="Runs of each row; seeds count from 0.")  # fmt: skip
-@click.option("--steps", type=click.IntRange(1), default=1000, show_default=True,
-              help="Batches of 64 images a run.")  # fmt: skip
-@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True,
-              help="Runs at a time, one thread each.")  # fmt: skip
-def cue_digits(out: Path, rows: str | None, seeds: int, steps: int, jobs: int) -> None:
+@_table_options(1000, "64 images")
+def cue_digits(**options: Any) -> None:
     """The proof that context matters: the label is in one region, its place in another."""
+    _train_table("cue-digits", **options)
+
+
+@train_.command("shoreline")
+@_table_options(100, "32 scenes")
+@click.option("--save", is_flag=True, help="Keep the models, in OUT/<row>-<seed>/.")
+def shoreline(**options: Any) -> None:
+    """The same for maps: which bright dots are vessels, a coast that lies elsewhere says."""
+    _train_table("shoreline", **options)
+
+
+@train_.command()
+@click.argument("what", type=click.Choice(["encoder", "depth", "resolution", "locality"]))
+@_table_options(1000, "64 images")
+def ablate(what: str, rows: str | None, **options: Any) -> None:
+    """The paper's ablations (tables 5a, 5b, 5c, 6) on the images of cue-digits."""
+    from .train.ablate import ABLATIONS
+
+    _train_table("ablate", rows=rows or ",".join(ABLATIONS[what]), **options)
+
+
+def _train_table(
+    name: str, out: Path, rows: str | None, seeds: int, steps: int, jobs: int, save: bool = False
+) -> None:
     from tqdm import tqdm
 
     from .output import check_output
-    from .train.cue_digits import ROWS
-    from .train.table import check_row, format_table, write_table
+    from .train.table import check_row, find_task, format_table, write_table
 
     check_output(out)
-    names = list(ROWS) if rows is None else list(dict.fromkeys(rows.split(",")))
-    for name in names:
-        check_row(name)
+    known = find_task(name)
+    names = list(known.ROWS) if rows is None else list(dict.fromkeys(rows.split(",")))
+    for row in names:
+        check_row(name, row)
     total = len(names) * seeds * steps
-    with tqdm(total=total, unit=" steps", desc="cue-digits", file=sys.stderr) as bar:
+    with tqdm(total=total, unit=" steps", desc=name, file=sys.stderr) as bar:
 
         def tell(run: Run) -> None:
-            accuracy = f"{run.points[-1].accuracy:.1f} %"
-            line = f"{run.row}, seed {run.seed}: {accuracy} in {_seconds(run.seconds)}"
+            score = f"{known.METRIC} {run.points[-1].score:.1f} %"
+            line = f"{run.row}, seed {run.seed}: {score} in {_seconds(run.seconds)}"
             bar.write(line, file=sys.stderr)
 
         table = write_table(
-            out, names, seeds=seeds, steps=steps, jobs=jobs, on_steps=bar.update, on_run=tell
-        )
+            out, name, names, seeds=seeds, steps=steps, jobs=jobs, save=save,
+            on_steps=bar.update, on_run=tell,
+        )  # fmt: skip
     click.echo(format_table(table))
-    click.echo(f"wrote {out}/: curves.csv, table.json, curves.png")
+    click.echo(f"wrote {out}/: curves.csv, table.json, curves.png" + ", models" * save)
+
+
+@main.command("convert-checkpoint")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+def convert_checkpoint_(file: Path, out: Path) -> None:
+    """Makes a model folder of FILE, a checkpoint that the paper's authors released.
+
+    Nothing in FILE is run. Then: xt predict IMAGE --model OUT.
+    """
+    from .released import convert_checkpoint
+
+    found = convert_checkpoint(file, out)
+    _table([
+        ("model", f"SwinV2 {found.size}, context {found.context}"),
+        ("classes", f"{found.num_classes:,}"),
+        ("parameters", f"{found.parameters / 1e6:.2f} M"),
+        ("left behind", ", ".join(found.left_behind) or "nothing"),
+    ])  # fmt: skip
+    click.echo(f"wrote {out}/: model.safetensors, config.json, README.md")
 
 
 @main.command("report")
@@ -816,3 +978,7 @@ def _seconds(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+if __name__ == "__main__":
+    main(prog_name="xt")

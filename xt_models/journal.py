@@ -289,6 +289,13 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         return None
 
 
+def write_record(folder: Path, record: dict[str, Any], but: str = "") -> None:
+    """Writes `run.json` over all files of a folder but one; `verify` then knows them."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (RECORD, but))
+    files = {str(path.relative_to(folder)): _synced_facts(path) for path in paths}
+    write_synced(folder / RECORD, _record_bytes(record | {"files": files}))
+
+
 def identity_of(model: XT, source: ImageSource, settings: dict[str, Any]) -> dict[str, Any]:
     """What the bytes of a run depend on: image, weights, settings, machine.
 
@@ -377,11 +384,16 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def _synced_facts(path: Path) -> list[Any]:
-    """Size and checksum of a file, whose bytes are on disk then."""
+def sync_file(path: Path) -> None:
+    """Makes the bytes of a file outlast a power cut."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        return _facts(file.read())
+
+
+def _synced_facts(path: Path) -> list[Any]:
+    """Size and checksum of a file, whose bytes are on disk then."""
+    sync_file(path)
+    return _facts(path.read_bytes())
 
 
 def _facts(data: bytes | memoryview) -> list[Any]:

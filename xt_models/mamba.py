@@ -116,14 +116,16 @@ class MambaMixer(nn.Module):
 
 
 class MambaLayer(nn.Module):
-    """RMSNorm and mixer: `x + mixer(norm(x))`, or in the released form `norm(x) + mixer(norm(x))`.
+    """Norm and mixer: RMSNorm and `x + mixer(norm(x))`, or in the released form LayerNorm and
+    `norm(x) + mixer(norm(x))`.
 
     reverse: from the last token to the first.
     """
 
     def __init__(self, mixer: MambaMixer, form: str, reverse: bool) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(mixer.in_proj.in_features, eps=1e-5)
+        norm = nn.LayerNorm if form == "released" else nn.RMSNorm
+        self.norm = norm(mixer.in_proj.in_features, eps=1e-5)
         self.mixer = mixer
         self.form, self.reverse = form, reverse
 
@@ -147,7 +149,8 @@ class MambaContextEncoder(nn.Module):
     gradient, gradient_chunks: as in `ContextEncoder`: "stop", "through" or "truncated".
 
     A sequence in chunks of any lengths gives what one call gives, to rounding.
-    State dict: `layers.<i>.norm.weight`, `layers.<i>.mixer.<names of mamba_ssm.Mamba>`.
+    State dict: `layers.<i>.norm.weight` (and `.bias` in the released form),
+    `layers.<i>.mixer.<names of mamba_ssm.Mamba>`.
     """
 
     def __init__(

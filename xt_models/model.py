@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from xt_kernels.regions import Placement, RegionGrid, extract_regions, stitch_regions
 
+from .checkpoint import HubModel
 from .context_encoder import ContextEncoder, Memory
 from .grid import TILINGS, Step, Tiling, walk
 from .heads import ClassificationHead, GroupHead, PlainHead, Trunk, build_head, run_head
@@ -159,7 +159,7 @@ class XTOutput(NamedTuple):
     heads: dict[str, Any]
 
 
-class XT(nn.Module, PyTorchModelHubMixin):
+class XT(nn.Module, HubModel):
     """The whole model. `create_model` builds it, `save_pretrained` and `from_pretrained` keep it.
 
     config: what to build; a dict of the same fields works too.
@@ -171,6 +171,8 @@ class XT(nn.Module, PyTorchModelHubMixin):
     backward pass, None for all at once and nothing again. Batch norm in a decoder then takes its
     statistics over that many.
     """
+
+    config: XTConfig
 
     def __init__(
         self, config: XTConfig | dict[str, Any], region_encoder: RegionEncoder | None = None

@@ -24,9 +24,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import combinations_with_replacement, permutations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +37,9 @@ from ..context_encoder import ContextEncoder, Memory
 from ..grid import walk
 from ..heads import ClassificationHead, PlainHead
 from ..mamba import MambaContextEncoder
+from .table import Point, need
 
+NAME, METRIC, METRICS = "cue-digits", "accuracy", "accuracies"
 SIDE, REGION, CLASSES = 64, 32, 10
 GRID = RegionGrid(SIDE, SIDE, REGION)
 DIM, DEPTH, HEADS = 64, 2, 2
@@ -57,6 +58,7 @@ class Row:
     mixer: "attention" or "mamba".
     memory: None, or the `gradient` of the memory that each chunk passes to the next ones.
     position: tokens know their place in the "image", or in their "region" only.
+    depth, causal: of the context encoder. side: of the regions that are encoded, pixels.
     each: weight of the mean loss of each chunk's own prediction, added to that of their average.
     ceiling: highest possible accuracy, in percent; None where nothing bounds it.
     """
@@ -68,6 +70,9 @@ class Row:
     mixer: str = "attention"
     memory: str | None = None
     position: str = "image"
+    depth: int = DEPTH
+    causal: bool = True
+    side: int = REGION
     each: float = 0.0
     ceiling: float | None = None
 
@@ -94,6 +99,7 @@ ROWS = {
         "Mamba, state, gradient through it", chunk=1, mixer="mamba", memory="through"
     ),
 }
+CEILING = "ceiling of a bag of regions, 43 %", 43.0
 
 
 class Digits(NamedTuple):
@@ -118,17 +124,22 @@ class Layout(NamedTuple):
     seen: torch.Tensor
 
 
-def need(module: str, package: str, use: str) -> None:
-    """Raises ValueError, with the way to install it, if an optional package is missing."""
-    if find_spec(module) is None:
-        raise ValueError(
-            f"cue-digits: {package} must be installed ({use}): pip install 'xt-kernels[train]'."
-        )
+def check() -> None:
+    """Raises ValueError, with the way to install it, if scikit-learn is missing."""
+    need(NAME, "sklearn", "scikit-learn", "it holds the digits")
+
+
+def settings() -> dict[str, Any]:
+    """What all runs share, for the record."""
+    return {
+        "batch": BATCH, "learning_rate": LEARNING_RATE, "warm_up": WARM_UP, "clip": CLIP,
+        "dim": DIM, "depth": DEPTH, "heads": HEADS, "test_images": 2000 * TEST_COPIES,
+    }  # fmt: skip
 
 
 def load() -> tuple[Digits, Digits]:
     """Training and test digits: 1,797 real ones, three quarters and one quarter of each class."""
-    need("sklearn", "scikit-learn", "it holds the digits")
+    check()
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -249,17 +260,17 @@ class CueDigits(nn.Module):
         self.context: ContextEncoder | MambaContextEncoder | None = None
         if row.mixer == "mamba":
             self.context = MambaContextEncoder(
-                DIM, 2 * DEPTH, carry=row.memory is not None, gradient=row.memory or "stop"
+                DIM, 2 * row.depth, carry=row.memory is not None, gradient=row.memory or "stop"
             )
         elif row.context:
             self.context = ContextEncoder(
                 DIM,
-                DEPTH,
+                row.depth,
                 HEADS,
                 attention="exact",
                 memory_chunks=0 if row.memory is None else GRID.num_regions - 1,
                 gradient=row.memory or "stop",
-                causal=True,
+                causal=row.causal,
             )
         if row.context:
             self.class_token = nn.Parameter(torch.empty(1, 1, DIM).normal_(std=0.02))
@@ -269,19 +280,19 @@ class CueDigits(nn.Module):
         """images `[B, 1, 64, 64]`, seen `[B]` (a region number) -> logits `[B, 10]`, and those that
         each chunk gives alone, `[B, chunks, 10]`.
         """
-        grid = GRID
+        grid = RegionGrid(SIDE, SIDE, self.row.side)
         if self.row.view == "small":
             images, grid = F.avg_pool2d(images, 2), RegionGrid(REGION, REGION, REGION)
-        regions = extract_regions(images, grid, dtype=images.dtype)  # [B, R, 1, 32, 32]
+        regions = extract_regions(images, grid, dtype=images.dtype)  # [B, R, 1, s, s]
         if self.row.view == "region":
             regions = regions[torch.arange(len(seen)), seen][:, None]
         features = self.encoder(regions.flatten(0, 1))
-        features = features.view(*regions.shape[:2], *features.shape[1:])  # [B, R, C, 4, 4]
+        features = features.view(*regions.shape[:2], *features.shape[1:])  # [B, R, C, t, t]
         chunks = self._mix(features, grid) if self.context else features.mean((1, 3, 4))[:, None]
         return self.head(chunks.mean(1)), self.head(chunks)
 
     def _mix(self, features: torch.Tensor, grid: RegionGrid) -> torch.Tensor:
-        """Class token of each chunk, `[B, chunks, C]`, of features `[B, R, C, 4, 4]`."""
+        """Class token of each chunk, `[B, chunks, C]`, of features `[B, R, C, t, t]`."""
         assert self.context is not None
         memory: Memory | None = None
         class_tokens = []
@@ -297,23 +308,15 @@ class CueDigits(nn.Module):
         return torch.stack(class_tokens, 1)
 
 
-class Point(NamedTuple):
-    """A point of a learning curve: steps done, mean loss since the point before, accuracy (%)."""
-
-    step: int
-    loss: float
-    accuracy: float
-
-
 def train(
-    name: str,
+    row: str | Row,
     seed: int,
     steps: int = STEPS,
     *,
     copies: int = TEST_COPIES,
     on_steps: Callable[[int], object] = lambda steps: None,
 ) -> Iterator[Point]:
-    """Trains the model of row `name` and yields its curve; the last point is the result.
+    """Trains the model of a row (or its name) and yields its curve; the last point is the result.
 
     seed: of the weights and the training images; the global generators are left as they were.
     steps: batches of 64 images. copies: of the test set's 2,000 images. on_steps: called with the
@@ -321,7 +324,7 @@ def train(
 
     AdamW at 4e-3, warm-up over a tenth, cosine to zero, gradients clipped at norm 1.
     """
-    row = ROWS[name]
+    row = ROWS[row] if isinstance(row, str) else row
     digits, unseen = load()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

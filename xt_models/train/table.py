@@ -1,8 +1,14 @@
 """Rows times seeds of a training task, in processes of one thread each, written as a table.
 
-A folder of results holds `curves.csv` (row, seed, step, loss, accuracy), `curves.png`, and
-`table.json`: for each row its accuracies, their mean, and the half width of the 95 % interval of
-that mean, t(0.975, n - 1) s / sqrt(n) over n seeds (Student 1908; none for one seed).
+A folder of results holds `curves.csv` (row, seed, step, loss, score), `curves.png`, and
+`table.json`: for each row its scores, their mean, and the half width of the 95 % interval of that
+mean, t(0.975, n - 1) s / sqrt(n) over n seeds (Student 1908; none for one seed).
+
+A task is a module of this folder: NAME; ROWS by name, dataclasses with a title and a ceiling;
+METRIC and METRICS, what its score in percent is called; STEPS and BATCH; CEILING, label and height
+of the line in the picture; `check()` for what it needs; `settings()` for the record; and
+`train(row, seed, steps, on_steps=...)`, which yields a `Point` now and then. Where `train` takes
+`save`, a folder, it leaves the model there.
 """
 
 from __future__ import annotations
@@ -15,7 +21,9 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -27,8 +35,14 @@ import xt_kernels
 
 from ..host import cpu_name, num_cpus
 from ..output import OutputFolder
-from . import cue_digits
-from .cue_digits import ROWS, Point
+
+
+class Point(NamedTuple):
+    """A point of a learning curve: steps done, mean loss since the point before, score (%)."""
+
+    step: int
+    loss: float
+    score: float
 
 
 class Run(NamedTuple):
@@ -40,54 +54,75 @@ class Run(NamedTuple):
     seconds: float
 
 
+def find_task(name: str) -> Any:
+    """The module of a task, such as "cue-digits"."""
+    return import_module("." + name.replace("-", "_"), __package__)
+
+
+def need(task: str, module: str, package: str, use: str) -> None:
+    """Raises ValueError, with the way to install it, if an optional package is missing."""
+    if find_spec(module) is None:
+        raise ValueError(
+            f"{task}: {package} must be installed ({use}): pip install 'xt-kernels[train]'."
+        )
+
+
 def write_table(
     out: str | Path,
+    name: str,
     rows: Sequence[str],
     *,
     seeds: int = 3,
-    steps: int = cue_digits.STEPS,
+    steps: int | None = None,
     jobs: int = 1,
+    save: bool = False,
     on_steps: Callable[[int], object] = lambda steps: None,
     on_run: Callable[[Run], object] = lambda run: None,
 ) -> dict[str, Any]:
-    """Trains `rows` with seeds 0 .. seeds - 1 and fills the folder `out`; returns table.json.
+    """Trains `rows` of the task `name` with seeds 0 .. seeds - 1 and fills the folder `out`;
+    returns table.json.
 
-    rows: names of `cue_digits.ROWS`. steps: batches of 64 images. jobs: runs at a time, each one
-        process with one thread; results do not depend on it. on_steps, on_run: called with the
-        steps just done, and with each run as it ends.
+    rows: names of the task's ROWS. steps: batches a run, None for the task's own number. jobs: runs
+        at a time, each one process with one thread; results do not depend on it. save: keep the
+        models, in `<row>-<seed>/`. on_steps, on_run: called with the steps just done, and with each
+        run as it ends.
 
     `out` appears when it is complete. Raises ValueError for an unknown row, a number below one or a
     missing package, and as `OutputFolder` does, before any work; RuntimeError if a process dies.
     """
-    for name in rows:
-        check_row(name)
+    task = find_task(name)
+    steps = task.STEPS if steps is None else steps
+    for row in rows:
+        check_row(name, row)
     for option, number in (("rows", len(rows)), ("seeds", seeds), ("steps", steps), ("jobs", jobs)):
         if number < 1:
-            raise ValueError(f"cue-digits: {option} must be at least 1, got {number}.")
-    cue_digits.need("sklearn", "scikit-learn", "it holds the digits")
-    cue_digits.need("matplotlib", "matplotlib", "it draws the curves")
+            raise ValueError(f"{name}: {option} must be at least 1, got {number}.")
+    task.check()
+    need(name, "matplotlib", "matplotlib", "it draws the curves")
     rows = list(dict.fromkeys(rows))
     with OutputFolder(out) as folder:
         assert folder is not None
         tasks = [(row, seed) for seed in range(seeds) for row in rows]
-        runs = _run_all(tasks, steps, jobs, on_steps, on_run)
-        table = _summary(rows, runs, seeds, steps, jobs)
+        runs = _run_all(name, tasks, steps, jobs, folder if save else None, on_steps, on_run)
+        table = _summary(name, rows, runs, seeds, steps, jobs)
         runs.sort(key=lambda run: rows.index(run.row))
-        _write_curves(folder / "curves.csv", runs)
+        _write_curves(folder / "curves.csv", task.METRIC, runs)
         (folder / "table.json").write_text(json.dumps(table, indent=1) + "\n")
-        _draw(folder / "curves.png", rows, runs)
+        _draw(folder / "curves.png", task, rows, runs)
     return table
 
 
-def check_row(name: str) -> None:
-    """Raises ValueError unless `name` is a row."""
-    if name not in ROWS:
-        raise ValueError(f"cue-digits: rows must be among {', '.join(ROWS)}, got {name!r}.")
+def check_row(name: str, row: str) -> None:
+    """Raises ValueError unless `row` is one of the task `name`."""
+    rows = find_task(name).ROWS
+    if row not in rows:
+        raise ValueError(f"{name}: rows must be among {', '.join(rows)}, got {row!r}.")
 
 
 def format_table(table: dict[str, Any]) -> str:
-    """The table as text, accuracies in percent."""
-    lines = [("row", "accuracy", "95 %", "ceiling", "s a run", "")]
+    """The table as text, scores in percent."""
+    metric = find_task(table["task"]).METRIC
+    lines = [("row", metric, "95 %", "ceiling", "s a run", "")]
     for name, row in table["rows"].items():
         half, ceiling = row["half_width_95"], row["ceiling"]
         lines.append((
@@ -109,9 +144,11 @@ def format_table(table: dict[str, Any]) -> str:
 
 
 def _run_all(
+    name: str,
     tasks: list[tuple[str, int]],
     steps: int,
     jobs: int,
+    models: Path | None,
     on_steps: Callable[[int], object],
     on_run: Callable[[Run], object],
 ) -> list[Run]:
@@ -124,7 +161,10 @@ def _run_all(
             while waiting and len(live) < jobs:
                 row, seed = waiting.pop()
                 here, there = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(there, row, seed, steps), daemon=True)
+                save = None if models is None else models / f"{row}-{seed}"
+                process = context.Process(
+                    target=_work, args=(there, name, row, seed, steps, save), daemon=True
+                )
                 # The parent answers Ctrl-C and ends its workers, which are born deaf to it.
                 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
                 try:
@@ -141,7 +181,7 @@ def _run_all(
                 except EOFError:
                     process.join()
                     raise RuntimeError(
-                        f"cue-digits: the process of {row}, seed {seed}, ended with exit code "
+                        f"{name}: the process of {row}, seed {seed}, ended with exit code "
                         f"{process.exitcode} before its result."
                     ) from None
                 if isinstance(message, Exception):
@@ -163,12 +203,15 @@ def _run_all(
     return [done[task] for task in tasks]
 
 
-def _work(connection: Connection, row: str, seed: int, steps: int) -> None:
+def _work(
+    connection: Connection, name: str, row: str, seed: int, steps: int, save: Path | None
+) -> None:
     """One run: sends an int for steps done, a Point of the curve, at the end seconds as a float."""
     torch.set_num_threads(1)
     start = time.perf_counter()
+    more = {} if save is None else {"save": save}
     try:
-        for point in cue_digits.train(row, seed, steps, on_steps=connection.send):
+        for point in find_task(name).train(row, seed, steps, on_steps=connection.send, **more):
             connection.send(point)
         connection.send(time.perf_counter() - start)
     except Exception as error:
@@ -176,79 +219,69 @@ def _work(connection: Connection, row: str, seed: int, steps: int) -> None:
 
 
 def _summary(
-    rows: Sequence[str], runs: list[Run], seeds: int, steps: int, jobs: int
+    name: str, rows: Sequence[str], runs: list[Run], seeds: int, steps: int, jobs: int
 ) -> dict[str, Any]:
     from scipy.stats import t as student
 
+    task = find_task(name)
     table: dict[str, Any] = {}
-    for name in rows:
-        mine = [run for run in runs if run.row == name]
-        accuracies = torch.tensor([run.points[-1].accuracy for run in mine], dtype=torch.float64)
+    for row in rows:
+        mine = [run for run in runs if run.row == row]
+        scores = torch.tensor([run.points[-1].score for run in mine], dtype=torch.float64)
         half = None
         if seeds > 1:
             factor = float(student.ppf(0.975, seeds - 1))
-            half = factor * accuracies.std().item() / seeds**0.5
-        table[name] = {
-            "title": ROWS[name].title,
-            "accuracies": accuracies.tolist(),
-            "mean": accuracies.mean().item(),
+            half = factor * scores.std().item() / seeds**0.5
+        table[row] = {
+            "title": task.ROWS[row].title,
+            task.METRICS: scores.tolist(),
+            "mean": scores.mean().item(),
             "half_width_95": half,
-            "ceiling": ROWS[name].ceiling,
+            "ceiling": task.ROWS[row].ceiling,
             "seconds": [run.seconds for run in mine],
-            "settings": asdict(ROWS[name]),
+            "settings": asdict(task.ROWS[row]),
         }
     return {
-        "task": "cue-digits",
+        "task": name,
         "rows": table,
-        "settings": {
-            "seeds": list(range(seeds)),
-            "steps": steps,
-            "batch": cue_digits.BATCH,
-            "learning_rate": cue_digits.LEARNING_RATE,
-            "warm_up": cue_digits.WARM_UP,
-            "clip": cue_digits.CLIP,
-            "dim": cue_digits.DIM,
-            "depth": cue_digits.DEPTH,
-            "heads": cue_digits.HEADS,
-            "test_images": 2000 * cue_digits.TEST_COPIES,
-        },
+        "settings": {"seeds": list(range(seeds)), "steps": steps, **task.settings()},
         "machine": {"cpu": cpu_name(), "cores": num_cpus(), "jobs": jobs, "threads_a_run": 1},
         "versions": {
             "xt_kernels": xt_kernels.__version__,
             "torch": torch.__version__,
+            "timm": version("timm"),
             "scikit-learn": version("scikit-learn"),
             "python": platform.python_version(),
         },
     }
 
 
-def _write_curves(path: Path, runs: list[Run]) -> None:
+def _write_curves(path: Path, metric: str, runs: list[Run]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["row", "seed", "step", "loss", "accuracy"])
+        writer.writerow(["row", "seed", "step", "loss", metric])
         for run in runs:
             writer.writerows([run.row, run.seed, *point] for point in run.points)
 
 
-def _draw(path: Path, rows: Sequence[str], runs: list[Run]) -> None:
-    """Mean accuracy of each row over training, a band from the worst to the best seed."""
+def _draw(path: Path, task: Any, rows: Sequence[str], runs: list[Run]) -> None:
+    """Mean score of each row over training, a band from the worst to the best seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for i, name in enumerate(rows):
-        curves = [[p.accuracy for p in run.points] for run in runs if run.row == name]
+        curves = [[p.score for p in run.points] for run in runs if run.row == name]
         steps = next([p.step for p in run.points] for run in runs if run.row == name)
         mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
         low, high = ([f(v) for v in zip(*curves, strict=True)] for f in (min, max))
-        axes.plot(steps, mean, color=f"C{i}", marker=".", label=ROWS[name].title)
+        axes.plot(steps, mean, color=f"C{i}", marker=".", label=task.ROWS[name].title)
         axes.fill_between(steps, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
-    ceiling = ROWS["bag"].ceiling
-    assert ceiling is not None
-    axes.axhline(ceiling, color="grey", linestyle="--", linewidth=1)
-    label = f"ceiling of a bag of regions, {ceiling:.0f} %"
-    axes.text(0.99, ceiling + 1, label, ha="right", color="grey", fontsize=8,
+    label, height = task.CEILING
+    axes.axhline(height, color="grey", linestyle="--", linewidth=1)
+    axes.text(0.99, height + 1, label, ha="right", color="grey", fontsize=8,
               transform=axes.get_yaxis_transform())  # fmt: skip
-    axes.set(xlabel="training steps (64 images each)", ylabel="test accuracy, %", ylim=(0, 100))
+    axes.set(xlabel=f"training steps ({task.BATCH} images each)", ylabel=f"test {task.METRIC}, %",
+             ylim=(0, 100))  # fmt: skip
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)
