@@ -18,7 +18,10 @@ from test_checkpoint import empty, write
 import xt_models as xm
 
 pytestmark = pytest.mark.filterwarnings("ignore::xt_models.registry.RandomWeightsWarning")
-SHORTER = {"xt train cue-digits": " --rows 64/32 --seeds 1 --steps 2"}
+SHORTER = {
+    "xt train cue-digits": " --rows 64/32 --seeds 1 --steps 2",
+    "xt train shoreline": " --rows region-only --seeds 1 --steps 2",
+}
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
