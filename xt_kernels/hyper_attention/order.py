@@ -509,21 +509,20 @@ def launch_choices(
         programs = batch * heads * triton.cdiv(buckets, SEEDS.value)
         _hyper_seeds_kernel[(programs,)](
             *inputs, seeds, threshold, *[t.stride() for t in inputs], *scalars,
-            BUCKETS=buckets, ROWS=2048 // block_d, **samples, num_warps=4,
+            BUCKETS=buckets, ROWS=2048 // block_d, **samples, num_warps=hash_warps(block_d),
         )  # fmt: skip
         _hyper_centres_kernel[(programs,)](
             key, mk, seeds, threshold, planes, key.stride(), mk.stride(), heads, heads // groups,
             len_k, len_m,
-            BUCKETS=buckets, ROWS=cluster_rows(query.dtype, block_d), **samples,
-            num_warps=hash_warps(block_d),
+            BUCKETS=buckets, ROWS=cluster_rows(query.dtype, block_d), **samples, num_warps=8,
         )  # fmt: skip
-        rows = cluster_rows(query.dtype, block_d)
+        rows, warps = cluster_rows(query.dtype, block_d), 8
     else:
         _hyper_planes_kernel[(batch * heads * bits,)](
             *inputs, planes, threshold, *[t.stride() for t in inputs], *scalars,
             ROWS=2048 // block_d, **samples, num_warps=8,
         )  # fmt: skip
-        rows = rows_at_a_time(query.dtype, block_d)
+        rows, warps = rows_at_a_time(query.dtype, block_d), hash_warps(block_d)
 
     # Two runs each: what comes before the causal square, and the square.
     square = min(len_q, len_k) if spec.is_causal else max(len_q, len_m + len_k)
@@ -539,8 +538,8 @@ def launch_choices(
         query, key, mk, planes, threshold, q_code, k_code, q_count, k_count,
         query.stride(), key.stride(), mk.stride(), heads, heads // groups, len_q, len_k, len_m,
         q_tiles, k_tiles, *cuts, *firsts, q_programs, bits,
-        BUCKETS=buckets, CLUSTERED=is_clustered, ROWS=rows, **common,
-        num_warps=hash_warps(block_d), maxnreg=MAX_REGISTERS,
+        BUCKETS=buckets, CLUSTERED=is_clustered, ROWS=rows, **common, num_warps=warps,
+        maxnreg=MAX_REGISTERS,
     )  # fmt: skip
 
     q_base, k_base = empty(*q_count.shape), empty(*k_count.shape)
@@ -622,14 +621,13 @@ def aot_cases() -> Iterator[AotCase]:
             samples = {"SAMPLED": SAMPLED_TOKENS, **common, "ROWS": 2048 // head_dim}
             yield case(f"planes-{name}", _hyper_planes_kernel, dtype, samples, 8)
             seeds = {"BUCKETS": 128, **samples}
-            yield case(f"seeds-{name}", _hyper_seeds_kernel, dtype, seeds, 4)
+            yield case(f"seeds-{name}", _hyper_seeds_kernel, dtype, seeds, hash_warps(head_dim))
             samples = seeds | {"ROWS": cluster_rows(of, head_dim)}
-            warps = hash_warps(head_dim)
-            centres = case(f"centres-{name}", _hyper_centres_kernel, dtype, samples, warps)
+            centres = case(f"centres-{name}", _hyper_centres_kernel, dtype, samples, 8)
             yield replace(centres, has_dots=has_dots)
-            for kind, rows in (
-                ("hash", rows_at_a_time(of, head_dim)),
-                ("nearest", cluster_rows(of, head_dim)),
+            for kind, rows, warps in (
+                ("hash", rows_at_a_time(of, head_dim), hash_warps(head_dim)),
+                ("nearest", cluster_rows(of, head_dim), 8),
             ):
                 sizes = {"BUCKETS": 128, "CLUSTERED": kind == "nearest", "ROWS": rows}
                 found = case(f"{kind}-{name}", _hyper_hash_kernel, dtype, sizes | common, warps)
