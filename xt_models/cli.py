@@ -383,8 +383,9 @@ def predict(
     "-o", "--out", type=click.Path(path_type=Path), help="Folder to make; default xt-demo."
 )
 def demo(out: Path | None) -> None:
-    """Builds a large image from a photograph, plans and embeds it. No network, no arguments."""
-    from .demo import PHOTOGRAPH, write_scene
+    """Builds a large image from a photograph, plans and embeds it; then shows what context does for
+    two small trained models. No network, no arguments."""
+    from .demo import PHOTOGRAPH, show_vessels, write_scene
     from .output import check_output
     from .source import open_image
 
@@ -407,6 +408,9 @@ def demo(out: Path | None) -> None:
         f"Look at {out}/embedding/preview.png: the scene, and its tokens' first three principal"
     )
     click.echo("components as colours. The same on your own image: xt embed FILE -o OUT")
+    for title, score in show_vessels(out / "vessels").items():
+        click.echo(f"vessels, {title}: F1 {score:.1f} %")
+    click.echo(f"Look at {out}/vessels/comparison.png: which dots are vessels, a far coast says")
 
 
 _DEMO_OPTIONS: dict[str, Any] = {
@@ -702,10 +706,12 @@ def cue_digits(**options: Any) -> None:
 
 @train_.command("shoreline")
 @_table_options(100, "32 scenes")
+@click.option("--regions", type=click.IntRange(4), default=4, show_default=True,
+              help="Side of the scenes, in regions of 32 px.")  # fmt: skip
 @click.option("--save", is_flag=True, help="Keep the models, in OUT/<row>-<seed>/.")
-def shoreline(**options: Any) -> None:
+def shoreline(regions: int, **options: Any) -> None:
     """The same for maps: which bright dots are vessels, a coast that lies elsewhere says."""
-    _train_table("shoreline", **options)
+    _train_table("shoreline", options={"regions": regions}, **options)
 
 
 @train_.command()
@@ -719,7 +725,14 @@ def ablate(what: str, rows: str | None, **options: Any) -> None:
 
 
 def _train_table(
-    name: str, out: Path, rows: str | None, seeds: int, steps: int, jobs: int, save: bool = False
+    name: str,
+    out: Path,
+    rows: str | None,
+    seeds: int,
+    steps: int,
+    jobs: int,
+    save: bool = False,
+    options: dict[str, Any] | None = None,
 ) -> None:
     from tqdm import tqdm
 
@@ -741,7 +754,7 @@ def _train_table(
 
         table = write_table(
             out, name, names, seeds=seeds, steps=steps, jobs=jobs, save=save,
-            on_steps=bar.update, on_run=tell,
+            options=options or {}, on_steps=bar.update, on_run=tell,
         )  # fmt: skip
     click.echo(format_table(table))
     click.echo(f"wrote {out}/: curves.csv, table.json, curves.png" + ", models" * save)

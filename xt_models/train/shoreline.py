@@ -1,11 +1,12 @@
 """Shoreline vessels: whether a bright dot is a vessel, a coast at least one region away says.
 
-A radar scene of 4 x 4 regions of 32 px shows speckle and equal bright dots. In one of the four
-regions in the middle the coast is seen, land around a bay that opens to one of four quadrants (NW,
-NE, SW, SE of that region's centre); haze hides it everywhere else. A dot is a vessel if it lies in
-the quadrant of the bay. Dots keep away from the rows and columns of the coast's region, and from
-all regions that touch it. A model scores each cell of 16 x 16 px and calls those above a threshold,
-chosen on a validation set, vessels; the measure is F1 of cells, 2 TP / (2 TP + FP + FN).
+A radar scene of 4 x 4 regions of 32 px, or of more, shows speckle and equal bright dots. In one of
+the four regions in the middle the coast is seen, land around a bay that opens to one of four
+quadrants (NW, NE, SW, SE of that region's centre); haze hides it everywhere else. A dot is a vessel
+if it lies in the quadrant of the bay. Dots keep away from the rows and columns of the coast's
+region, and from all regions that touch it. A model scores each cell of 16 x 16 px and calls those
+above a threshold, chosen on a validation set, vessels; the measure is F1 of cells, 2 TP / (2 TP +
+FP + FN). Which cells are sea is learned beside it, from the same head.
 
 Chance level, for any model whose score at a dot depends on no pixel of the coast's region: one that
 sees the dot's region, or more around it up to the next region, or other regions of its row. The
@@ -37,8 +38,7 @@ from .table import Point
 
 NAME, METRIC, METRICS = "shoreline", "f1", "f1s"
 REGION, REGIONS, CELL = 32, 4, 16
-CELLS = REGIONS * REGION // CELL
-DOTS, SPECKLE = 6, 0.1
+SPECKLE = 0.1
 ENCODER, DIM, DEPTH, HEADS = "test_mambaout", 64, 2, 2
 BATCH, STEPS, EVALUATE_EVERY = 32, 100, 50
 LEARNING_RATE, WARM_UP, CLIP, POSITIVE_WEIGHT = 4e-3, 0.1, 1.0, 4.0
@@ -52,30 +52,34 @@ CEILING = f"chance level without the coast, {CHANCE:.0f} %", CHANCE
 class Row:
     """One line of the table: settings of `XTConfig` on top of those that all rows share.
 
+    chunks: of the context encoder, each a quarter of the scene or all of it.
     margin: pixels by which the window of each region reaches into its neighbours; such windows are
         encoded alone and keep the cells of their region.
-    ceiling: highest possible F1, in percent; None where nothing bounds it.
+    ceiling: highest possible F1 in scenes of 4 x 4 regions, in percent; None where nothing bounds
+        it.
     """
 
     title: str
     config: dict[str, Any] = field(default_factory=dict)
+    chunks: int = 1
     margin: int = 0
     ceiling: float | None = None
 
 
-_XL = {"context": "xl", "chunk_regions": REGIONS, "memory_chunks": REGIONS - 1,
-       "tiling": "two-stream"}  # fmt: skip
+_XL = {"context": "xl", "memory_chunks": 3, "tiling": "two-stream"}
 ROWS = {
     "region-only": Row("each region alone", {"context": None}, ceiling=CHANCE),
-    "overlap": Row("windows of 64 px, half of it overlap", {"context": None}, 16, CHANCE),
-    "no-memory": Row(
-        "context in chunks of a row, no memory",
-        {"context": "vit", "chunk_regions": REGIONS},
-        ceiling=CHANCE,
+    "overlap": Row(
+        "windows of 64 px, half of it overlap", {"context": None}, margin=16, ceiling=CHANCE
     ),
-    "whole": Row("context over all regions", {"context": "vit", "chunk_regions": None}),
-    "xl-stop": Row("XL, two-stream, stop-gradient", _XL),
-    "xl-through": Row("XL, two-stream, gradient through memory", _XL | {"gradient": "through"}),
+    "no-memory": Row(
+        "context in chunks of a row, no memory", {"context": "vit"}, chunks=4, ceiling=CHANCE
+    ),
+    "whole": Row("context over all regions", {"context": "vit"}),
+    "xl-stop": Row("XL, two-stream, stop-gradient", _XL, chunks=4),
+    "xl-through": Row(
+        "XL, two-stream, gradient through memory", _XL | {"gradient": "through"}, chunks=4
+    ),
 }
 
 
@@ -98,29 +102,33 @@ def settings() -> dict[str, Any]:
     """What all runs share, for the record."""
     return {
         "batch": BATCH, "learning_rate": LEARNING_RATE, "warm_up": WARM_UP, "clip": CLIP,
-        "encoder": ENCODER, "dim": DIM, "depth": DEPTH, "heads": HEADS, "dots": DOTS,
+        "encoder": ENCODER, "dim": DIM, "depth": DEPTH, "heads": HEADS,
         "test_images": 4 * TEST_SCENES, "validation_images": 4 * VALIDATION_SCENES,
     }  # fmt: skip
 
 
-def draw(scenes: int, generator: torch.Generator) -> Layout:
-    """Random scenes, each four times, with the bay in each quadrant: `4 * scenes` of them."""
-    coast = REGIONS // 2 - torch.randint(2, (scenes, 2), generator=generator)
-    away = torch.arange(CELLS) // (REGION // CELL) - coast[..., None]  # [B, 2, cells], in regions
+def draw(scenes: int, generator: torch.Generator, regions: int = REGIONS) -> Layout:
+    """Random scenes, each four times, with the bay in each quadrant: `4 * scenes` of them.
+
+    regions: side of the scenes, in regions; they hold 1.5 times as many dots.
+    """
+    cells = regions * REGION // CELL
+    coast = regions // 2 - torch.randint(2, (scenes, 2), generator=generator)
+    away = torch.arange(cells) // (REGION // CELL) - coast[..., None]  # [B, 2, cells], in regions
     rows, cols = away[:, 0, :, None].abs(), away[:, 1, None, :].abs()
     free = (rows > 0) & (cols > 0) & (torch.maximum(rows, cols) > 1)  # [B, cells, cells]
     order = torch.rand(free.shape, generator=generator).masked_fill(~free, 2)
-    chosen = order.flatten(1).argsort(1)[:, :DOTS]
-    dots = torch.stack([chosen // CELLS, chosen % CELLS], -1)
+    chosen = order.flatten(1).argsort(1)[:, : 3 * regions // 2]
+    dots = torch.stack([chosen // cells, chosen % cells], -1)
     speckle = torch.randint(1 << 40, (scenes,), generator=generator)
     four = (t.repeat_interleave(4, 0) for t in (coast, coast, dots, speckle))
     return Layout(*four)._replace(bay=torch.arange(4).repeat(scenes))
 
 
-def target(layout: Layout) -> torch.Tensor:
-    """The cells that hold a vessel, and those that are sea, bool `[B, 2, 8, 8]`."""
+def target(layout: Layout, regions: int = REGIONS) -> torch.Tensor:
+    """The cells that hold a vessel, and those that are sea, bool `[B, 2, h, w]`."""
     shore = layout.coast * (REGION // CELL) + REGION // CELL // 2  # [B, 2], in cells
-    beyond = torch.arange(CELLS) >= shore[..., None]  # [B, 2, cells]: south, east of it
+    beyond = torch.arange(regions * REGION // CELL) >= shore[..., None]  # south, east of it
     quadrant = 2 * beyond[:, 0, :, None] + beyond[:, 1, None, :]
     sea = quadrant == layout.bay[:, None, None]
     is_dot = torch.zeros_like(sea)
@@ -128,57 +136,58 @@ def target(layout: Layout) -> torch.Tensor:
     return torch.stack([sea & is_dot, sea], 1)
 
 
-def render(layout: Layout) -> torch.Tensor:
-    """The scenes of a layout, `[B, 1, 128, 128]`."""
-    side, scene = REGIONS * REGION, torch.arange(len(layout.bay))
+def render(layout: Layout, regions: int = REGIONS) -> torch.Tensor:
+    """The scenes of a layout, `[B, 1, 32 * regions, 32 * regions]`."""
+    side, scene = regions * REGION, torch.arange(len(layout.bay))
     seeds, which = torch.unique(layout.speckle, return_inverse=True)
     generator = torch.Generator()
     noise = [
         torch.randn(1, side, side, generator=generator.manual_seed(seed)) for seed in seeds.tolist()
     ]
     out = SPECKLE * torch.stack(noise)[which]
-    cells = out.view(-1, CELLS, CELL, CELLS, CELL)
+    cells = out.view(-1, side // CELL, CELL, side // CELL, CELL)
     dot = slice(CELL // 4, -CELL // 4)
     cells[scene[:, None], layout.dots[..., 0], dot, layout.dots[..., 1], dot] += 1
     half = torch.arange(REGION) // (REGION // 2)
     is_bay = 2 * half[:, None] + half == layout.bay[:, None, None]
-    regions = out.view(-1, REGIONS, REGION, REGIONS, REGION)
-    regions[scene, layout.coast[:, 0], :, layout.coast[:, 1]] += 1 - 2.0 * is_bay
+    blocks = out.view(-1, regions, REGION, regions, REGION)
+    blocks[scene, layout.coast[:, 0], :, layout.coast[:, 1]] += 1 - 2.0 * is_bay
     return out
 
 
-def build(row: Row) -> XT:
+def build(row: Row, regions: int = REGIONS) -> XT:
     """The model of a row, with one dense head, "map", for vessels and sea."""
     head = {"kind": "dense", "classes": 2, "loss": "bce", "output_stride": CELL,
             "pos_weight": POSITIVE_WEIGHT}  # fmt: skip
     shared: dict[str, Any] = {
         "encoder": ENCODER, "region": REGION + 2 * row.margin, "in_chans": 1, "dim": DIM,
         "depth": DEPTH, "num_heads": HEADS, "residual": row.config["context"] is not None,
-        "heads": {"map": head},
+        "chunk_regions": regions**2 // row.chunks, "heads": {"map": head},
     }  # fmt: skip
     return XT(XTConfig(**shared | row.config))
 
 
 def logits(model: XT, row: Row, images: torch.Tensor) -> torch.Tensor:
-    """Logits of the cells `[B, 2, 8, 8]` of images `[B, 1, 128, 128]`."""
+    """Logits of the cells `[B, 2, H / 16, W / 16]` of images `[B, 1, H, W]`."""
     margin, side = row.margin, REGION + 2 * row.margin
     if not margin:
         out: torch.Tensor = model(images).heads["map"]
         return out
     windows = F.pad(images, (margin,) * 4).unfold(2, side, REGION).unfold(3, side, REGION)
+    rows, cols = windows.shape[2:4]
     out = model(windows.reshape(-1, 1, side, side)).heads["map"]
     cut, inside = margin // CELL, REGION // CELL
     out = out[..., cut : cut + inside, cut : cut + inside]
-    out = out.view(-1, REGIONS, REGIONS, 2, inside, inside)
-    return out.permute(0, 3, 1, 4, 2, 5).reshape(-1, 2, CELLS, CELLS)
+    out = out.view(-1, rows, cols, 2, inside, inside)
+    return out.permute(0, 3, 1, 4, 2, 5).reshape(-1, 2, rows * inside, cols * inside)
 
 
 @torch.no_grad()
-def scores(model: XT, row: Row, layout: Layout) -> torch.Tensor:
-    """Logits of vessels `[B, 8, 8]` in all scenes of a layout, the model in evaluation mode."""
+def scores(model: XT, row: Row, layout: Layout, regions: int = REGIONS) -> torch.Tensor:
+    """Logits of vessels `[B, h, w]` in all scenes of a layout, the model in evaluation mode."""
     model.eval()
-    parts = zip(*(torch.split(column, 64) for column in layout), strict=True)
-    out = [logits(model, row, render(Layout(*part)))[:, 0] for part in parts]
+    parts = zip(*(torch.split(column, 32) for column in layout), strict=True)
+    out = [logits(model, row, render(Layout(*part), regions))[:, 0] for part in parts]
     model.train()
     return torch.cat(out)
 
@@ -202,13 +211,15 @@ def train(
     seed: int,
     steps: int = STEPS,
     *,
+    regions: int = REGIONS,
     on_steps: Callable[[int], object] = lambda steps: None,
     save: Path | None = None,
 ) -> Iterator[Point]:
     """Trains the model of row `name` and yields its curve; the last point is the result.
 
     seed: of the weights and the training scenes; the global generators are left as they were.
-    steps: batches of 8 scenes, each with the four bays. on_steps: called with the steps just done.
+    steps: batches of 8 scenes, each with the four bays. regions: side of the scenes, in regions; a
+        batch of large ones is of fewer, at least 2. on_steps: called with the steps just done.
     save: folder for the model, whose logits are then moved so that the threshold is 0.
 
     AdamW at 4e-3, warm-up over a tenth, cosine to zero, gradients clipped at norm 1.
@@ -216,7 +227,7 @@ def train(
     row = ROWS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build(row)
+        model = build(row, regions)
     head = model.heads["map"]
     assert isinstance(head, DenseHead)
     generator = torch.Generator().manual_seed(seed)
@@ -226,13 +237,16 @@ def train(
         return min(1.0, (step + 1) / (WARM_UP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    validation = draw(VALIDATION_SCENES, torch.Generator().manual_seed(VALIDATION_SEED))
-    test = draw(TEST_SCENES, torch.Generator().manual_seed(TEST_SEED))
-    known, true = (target(layout)[:, 0] for layout in (validation, test))
+    fewer = (regions // REGIONS) ** 2
+    scenes = [max(2, number // fewer) for number in (BATCH // 4, VALIDATION_SCENES, TEST_SCENES)]
+    validation = draw(scenes[1], torch.Generator().manual_seed(VALIDATION_SEED), regions)
+    test = draw(scenes[2], torch.Generator().manual_seed(TEST_SEED), regions)
+    known, true = (target(layout, regions)[:, 0] for layout in (validation, test))
     losses: list[float] = []
     for step in range(1, steps + 1):
-        layout = draw(BATCH // 4, generator)
-        loss = head.loss(logits(model, row, render(layout)), target(layout))
+        layout = draw(scenes[0], generator, regions)
+        images = render(layout, regions)
+        loss = head.loss(logits(model, row, images), target(layout, regions))
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -241,12 +255,13 @@ def train(
         losses.append(loss.item())
         on_steps(1)
         if step == steps or step % EVALUATE_EVERY == 0:
-            threshold = best_threshold(scores(model, row, validation), known)
-            score = f1(scores(model, row, test) >= threshold, true)
+            threshold = best_threshold(scores(model, row, validation, regions), known)
+            score = f1(scores(model, row, test, regions) >= threshold, true)
             yield Point(step, sum(losses) / len(losses), score)
             losses.clear()
     if save is not None:
         with torch.no_grad():
             head.proj.bias[: head.scale**2].sub_(threshold)
-        origin = f"Made by `xt train shoreline --rows {name} --steps {steps} --save`, seed {seed}."
-        model.save_pretrained(save, model_card_kwargs={"origin": f"{origin} F1 {score:.1f} %."})
+        command = f"xt train shoreline --rows {name} --steps {steps} --regions {regions} --save"
+        origin = f"Made by `{command}`, seed {seed}; F1 {score:.1f} % on its test set."
+        model.save_pretrained(save, model_card_kwargs={"origin": origin})

@@ -7,8 +7,8 @@ mean, t(0.975, n - 1) s / sqrt(n) over n seeds (Student 1908; none for one seed)
 A task is a module of this folder: NAME; ROWS by name, dataclasses with a title and a ceiling;
 METRIC and METRICS, what its score in percent is called; STEPS and BATCH; CEILING, label and height
 of the line in the picture; `check()` for what it needs; `settings()` for the record; and
-`train(row, seed, steps, on_steps=...)`, which yields a `Point` now and then. Where `train` takes
-`save`, a folder, it leaves the model there.
+`train(row, seed, steps, on_steps=...)`, which yields a `Point` now and then and may take more
+options. Where it takes `save`, a folder, it leaves the model there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import multiprocessing
 import platform
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module
 from importlib.metadata import version
@@ -27,6 +27,7 @@ from importlib.util import find_spec
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +77,7 @@ def write_table(
     steps: int | None = None,
     jobs: int = 1,
     save: bool = False,
+    options: Mapping[str, Any] = MappingProxyType({}),
     on_steps: Callable[[int], object] = lambda steps: None,
     on_run: Callable[[Run], object] = lambda run: None,
 ) -> dict[str, Any]:
@@ -84,8 +86,8 @@ def write_table(
 
     rows: names of the task's ROWS. steps: batches a run, None for the task's own number. jobs: runs
         at a time, each one process with one thread; results do not depend on it. save: keep the
-        models, in `<row>-<seed>/`. on_steps, on_run: called with the steps just done, and with each
-        run as it ends.
+        models, in `<row>-<seed>/`. options: further ones of the task's `train`. on_steps, on_run:
+        called with the steps just done, and with each run as it ends.
 
     `out` appears when it is complete. Raises ValueError for an unknown row, a number below one or a
     missing package, and as `OutputFolder` does, before any work; RuntimeError if a process dies.
@@ -103,8 +105,11 @@ def write_table(
     with OutputFolder(out) as folder:
         assert folder is not None
         tasks = [(row, seed) for seed in range(seeds) for row in rows]
-        runs = _run_all(name, tasks, steps, jobs, folder if save else None, on_steps, on_run)
+        runs = _run_all(
+            name, tasks, steps, jobs, folder if save else None, options, on_steps, on_run
+        )
         table = _summary(name, rows, runs, seeds, steps, jobs)
+        table["settings"] |= options
         runs.sort(key=lambda run: rows.index(run.row))
         _write_curves(folder / "curves.csv", task.METRIC, runs)
         (folder / "table.json").write_text(json.dumps(table, indent=1) + "\n")
@@ -149,6 +154,7 @@ def _run_all(
     steps: int,
     jobs: int,
     models: Path | None,
+    options: Mapping[str, Any],
     on_steps: Callable[[int], object],
     on_run: Callable[[Run], object],
 ) -> list[Run]:
@@ -161,9 +167,11 @@ def _run_all(
             while waiting and len(live) < jobs:
                 row, seed = waiting.pop()
                 here, there = context.Pipe(duplex=False)
-                save = None if models is None else models / f"{row}-{seed}"
+                more = dict(options)
+                if models is not None:
+                    more["save"] = models / f"{row}-{seed}"
                 process = context.Process(
-                    target=_work, args=(there, name, row, seed, steps, save), daemon=True
+                    target=_work, args=(there, name, row, seed, steps, more), daemon=True
                 )
                 # The parent answers Ctrl-C and ends its workers, which are born deaf to it.
                 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -204,14 +212,13 @@ def _run_all(
 
 
 def _work(
-    connection: Connection, name: str, row: str, seed: int, steps: int, save: Path | None
+    connection: Connection, name: str, row: str, seed: int, steps: int, options: dict[str, Any]
 ) -> None:
     """One run: sends an int for steps done, a Point of the curve, at the end seconds as a float."""
     torch.set_num_threads(1)
     start = time.perf_counter()
-    more = {} if save is None else {"save": save}
     try:
-        for point in find_task(name).train(row, seed, steps, on_steps=connection.send, **more):
+        for point in find_task(name).train(row, seed, steps, on_steps=connection.send, **options):
             connection.send(point)
         connection.send(time.perf_counter() - start)
     except Exception as error:
