@@ -13,7 +13,9 @@ import zarr
 from click.testing import CliRunner
 
 import xt_models as xm
+from xt_kernels.regions import RegionGrid
 from xt_models.cli import main
+from xt_models.group_walk import GroupWalk
 from xt_models.journal import verify
 from xt_models.predictions import read_points, write_tiff
 
@@ -248,6 +250,30 @@ def test_places_without_a_region_have_no_prediction(tmp_path):
         missing = data.isnan() if value is None else data == value
         assert torch.equal(missing, empty[::stride, ::stride])
     assert bands_last(tmp_path / "out", "roads").isnan().any(-1).sum() == 64 * 128 // 64
+
+
+@pytest.mark.parametrize(
+    "group, overlap, kept_rows, heights",
+    [(1, 0, 0, (8, 16)), (2, 0, 1, (8, 16)), (3, 1, 2, (9, 17))],
+)
+def test_what_waits_is_rows_of_regions_not_the_image(group, overlap, kept_rows, heights):
+    options = {"kind": "fcos", "classes": 1, "dim": 32, "group": group, "overlap": overlap}
+    model = small({"boxes": options | {"min_stride": 64}})
+    most = []
+    for rows in heights:
+        grid = RegionGrid(rows * 64, 6 * 64, 64)
+        walk = GroupWalk(model, grid, ["boxes"])
+        sizes, seen = [], []
+        for step in model.walk(grid):
+            tokens = torch.zeros(4 * len(step.regions), 32)
+            pieces = walk.add(step.regions, tokens, {}, [])
+            seen += [(piece.group.row, piece.group.col) for piece in pieces]
+            sizes.append(len(walk.held))
+        assert sorted(seen) == [(g.row, g.col) for g in model.heads["boxes"].groups(grid)]
+        assert sizes[-1] == 0
+        most.append(max(sizes))
+    # At most kept_rows whole rows, and one that is under way.
+    assert most[0] == most[1] and 6 * kept_rows <= most[0] <= 6 * (kept_rows + 1)
 
 
 class _Stop(Exception):

@@ -561,9 +561,9 @@ def test_plan_foretells_the_time(blank, monkeypatch):
     model = small(chunk_regions=8)
     encode, mix = model.encode, model.mix
 
-    def slow_encode(*args):
+    def slow_encode(*args, **options):
         time.sleep(0.04)
-        return encode(*args)
+        return encode(*args, **options)
 
     def slow_mix(*args):
         time.sleep(0.02)
@@ -656,11 +656,11 @@ def test_a_device_that_runs_out_of_memory_gets_half_the_batch(monkeypatch):
     expected = tokens_of(model, source, batch_size=3)
     plain, sizes = model.encode, []
 
-    def small_device(regions, *rest):
+    def small_device(regions, *rest, **options):
         sizes.append(len(regions))
         if len(regions) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return plain(regions)
+        return plain(regions, *rest, **options)
 
     monkeypatch.setattr(model, "encode", small_device)
     for batch_size, tried in ((12, [12, 6]), (5, [5])):
@@ -669,7 +669,7 @@ def test_a_device_that_runs_out_of_memory_gets_half_the_batch(monkeypatch):
         assert sizes[: len(tried)] == tried and set(sizes[len(tried) :]) == {3}
         assert all(torch.equal(ours[chunk], tokens) for chunk, tokens in expected.items())
 
-    def no_device(regions, *rest):
+    def no_device(regions, *rest, **options):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(model, "encode", no_device)

@@ -15,6 +15,9 @@ _REQUIRED = (
 _OPTIONAL = {
     "rasterio": ("geo", "reads JPEG 2000, VRT and other formats of GDAL"),
     "openslide-python": ("wsi", "reads whole-slide formats (SVS, NDPI, MRXS, ...)"),
+    "segmentation-models-pytorch": ("seg", "decoders of the heads segmentation and xview3"),
+    "transformers": ("det", "the head detr"),
+    "pycocotools": ("det", "COCO's measures of boxes"),
     "scikit-learn": ("train", "holds the digits of xt train cue-digits"),
     "mamba-ssm": ("mamba", "its CUDA scan, as baseline and where asked for"),
     "causal-conv1d": ("mamba", "a faster convolution for Mamba on CUDA"),
