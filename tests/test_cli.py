@@ -157,7 +157,8 @@ def test_a_demo_sized_scene_runs_whole(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = xt("demo")
     assert result.exit_code == 0, result.output
-    assert sorted(p.name for p in (tmp_path / "xt-demo").iterdir()) == ["embedding", "scene.tif"]
+    names = ["embedding", "scene.tif", "vessels"]
+    assert sorted(p.name for p in (tmp_path / "xt-demo").iterdir()) == names
     assert "558 x 640 px" in result.output and "regions/s" in result.output
     assert (tmp_path / "xt-demo" / "embedding" / "preview.png").is_file()
     assert xt("demo").exit_code == 0

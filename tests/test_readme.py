@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from PIL import Image
 from test_checkpoint import empty, write
 
 import xt_models as xm
@@ -115,6 +116,14 @@ def test_demo_without_arguments_or_network(folder):
     assert sorted(p.name for p in (folder / "xt-demo" / "embedding").iterdir()) == [
         "embedding.json", "preview.png", "run.json", "tokens.zarr",
     ]  # fmt: skip
+    blind, seeing = map(float, re.findall(r"^vessels, .*: F1 ([\d.]+) %$", out, re.MULTILINE))
+    assert seeing > blind + 20
+    vessels = folder / "xt-demo" / "vessels"
+    assert sorted(p.name for p in vessels.iterdir()) == [
+        "comparison.png", "region-only", "scene.tif", "xl-through",
+    ]  # fmt: skip
+    with Image.open(vessels / "comparison.png") as picture:
+        assert picture.width > 2 * picture.height - 200
 
 
 def test_python_blocks(folder, tmp_path, monkeypatch):

@@ -86,7 +86,7 @@ def show_vessels(out: Path) -> dict[str, float]:
     tifffile.imwrite(out / "scene.tif", pixels, tile=(256, 256), compression="deflate")
     for name, title in MODELS.items():
         stream(models[name], out / "scene.tif", out / name, tokens=False)
-        called = torch.from_numpy(tifffile.imread(out / name / "map.tif"))[0] > 0.5
+        called = torch.from_numpy(tifffile.imread(out / name / "map.tif"))[..., 0] > 0.5
         found[title] = shoreline.f1(called, vessels)
         panels.append(_panel(pixels, called.numpy(), vessels.numpy(), title, found[title]))
     _side_by_side(panels).save(out / "comparison.png")
@@ -112,7 +112,7 @@ def _panel(
     left, cell = 4, side // called.shape[0]
     for label, cells, colour in (
         ("vessel found", called & vessels, "lime"),
-        ("called a vessel", called & ~vessels, "red"),
+        ("none, called one", called & ~vessels, "red"),
         ("vessel missed", vessels & ~called, "yellow"),
     ):
         draw.rectangle((left, 28, left + 10, 38), outline="black", fill=colour)

@@ -98,13 +98,21 @@ def check() -> None:
     """Raises ValueError if something that training needs is missing: nothing is."""
 
 
-def settings() -> dict[str, Any]:
+def settings(regions: int = REGIONS) -> dict[str, Any]:
     """What all runs share, for the record."""
+    batch, validation, test = (4 * number for number in _numbers(regions))
     return {
-        "batch": BATCH, "learning_rate": LEARNING_RATE, "warm_up": WARM_UP, "clip": CLIP,
+        "batch": batch, "learning_rate": LEARNING_RATE, "warm_up": WARM_UP, "clip": CLIP,
         "encoder": ENCODER, "dim": DIM, "depth": DEPTH, "heads": HEADS,
-        "test_images": 4 * TEST_SCENES, "validation_images": 4 * VALIDATION_SCENES,
+        "test_images": test, "validation_images": validation, "regions": regions,
     }  # fmt: skip
+
+
+def _numbers(regions: int) -> list[int]:
+    """Scenes of a batch, of the validation and the test set, each with four bays: fewer where they
+    are larger."""
+    fewer = (regions // REGIONS) ** 2
+    return [max(2, number // fewer) for number in (BATCH // 4, VALIDATION_SCENES, TEST_SCENES)]
 
 
 def draw(scenes: int, generator: torch.Generator, regions: int = REGIONS) -> Layout:
@@ -237,8 +245,7 @@ def train(
         return min(1.0, (step + 1) / (WARM_UP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    fewer = (regions // REGIONS) ** 2
-    scenes = [max(2, number // fewer) for number in (BATCH // 4, VALIDATION_SCENES, TEST_SCENES)]
+    scenes = _numbers(regions)
     validation = draw(scenes[1], torch.Generator().manual_seed(VALIDATION_SEED), regions)
     test = draw(scenes[2], torch.Generator().manual_seed(TEST_SEED), regions)
     known, true = (target(layout, regions)[:, 0] for layout in (validation, test))

@@ -6,7 +6,7 @@ mean, t(0.975, n - 1) s / sqrt(n) over n seeds (Student 1908; none for one seed)
 
 A task is a module of this folder: NAME; ROWS by name, dataclasses with a title and a ceiling;
 METRIC and METRICS, what its score in percent is called; STEPS and BATCH; CEILING, label and height
-of the line in the picture; `check()` for what it needs; `settings()` for the record; and
+of the line in the picture; `check()` for what it needs; `settings(...)` for the record; and
 `train(row, seed, steps, on_steps=...)`, which yields a `Point` now and then and may take more
 options. Where it takes `save`, a folder, it leaves the model there.
 """
@@ -108,8 +108,7 @@ def write_table(
         runs = _run_all(
             name, tasks, steps, jobs, folder if save else None, options, on_steps, on_run
         )
-        table = _summary(name, rows, runs, seeds, steps, jobs)
-        table["settings"] |= options
+        table = _summary(name, rows, runs, seeds, steps, jobs, options)
         runs.sort(key=lambda run: rows.index(run.row))
         _write_curves(folder / "curves.csv", task.METRIC, runs)
         (folder / "table.json").write_text(json.dumps(table, indent=1) + "\n")
@@ -226,7 +225,13 @@ def _work(
 
 
 def _summary(
-    name: str, rows: Sequence[str], runs: list[Run], seeds: int, steps: int, jobs: int
+    name: str,
+    rows: Sequence[str],
+    runs: list[Run],
+    seeds: int,
+    steps: int,
+    jobs: int,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     from scipy.stats import t as student
 
@@ -251,7 +256,7 @@ def _summary(
     return {
         "task": name,
         "rows": table,
-        "settings": {"seeds": list(range(seeds)), "steps": steps, **task.settings()},
+        "settings": {"seeds": list(range(seeds)), "steps": steps, **task.settings(**options)},
         "machine": {"cpu": cpu_name(), "cores": num_cpus(), "jobs": jobs, "threads_a_run": 1},
         "versions": {
             "xt_kernels": xt_kernels.__version__,
