@@ -71,7 +71,13 @@ class HubModel(ModelHubMixin, library_name="xt-kernels"):
         from safetensors.torch import save_file
 
         assert isinstance(self, nn.Module)
-        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        state: dict[str, torch.Tensor] = {}
+        memory = set()
+        for name, tensor in self.state_dict().items():
+            # The file holds a tensor that has two names, as in DETR, twice.
+            is_shared = tensor.untyped_storage().data_ptr() in memory
+            memory.add(tensor.untyped_storage().data_ptr())
+            state[name] = tensor.clone() if is_shared else tensor.contiguous()
         save_file(state, save_directory / SAFETENSORS_SINGLE_FILE, metadata={"format": "pt"})
 
     @classmethod

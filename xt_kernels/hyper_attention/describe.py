@@ -61,7 +61,7 @@ def describe(
     chosen = torch.arange(count) * plan.num_queries // max(count, 1)
     mass = torch.zeros(query.shape[:2])
     share = 0.0
-    is_hashed = plan.spec.window != "tile"
+    is_ordered = plan.spec.is_ordered
     choices = Choices(*(t.cpu() for t in plan.choices))
     random = plan.projections
     if random is None:
@@ -78,10 +78,10 @@ def describe(
         weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1).nan_to_num()
         mass[b, h] = (weights * attended).sum() / max(count, 1)
         share += attended.sum().item() / max(allowed.sum().item(), 1) / mass.numel()
-        if is_hashed:
+        if is_ordered:
             _, codes = buckets(plan.spec, query[b, h], key[b, g], memory, random[g])
             sizes[b, g] = torch.bincount(codes, minlength=sizes.shape[2])
-    return Description(mass, share, sizes if is_hashed else None)
+    return Description(mass, share, sizes if is_ordered else None)
 
 
 def _attended(
@@ -105,7 +105,7 @@ def _attended(
                     attended[i, seen] = True
                     continue
                 keys = torch.arange(columns.start, columns.stop)
-                if plan.spec.window != "tile":
+                if plan.spec.is_ordered:
                     q_place, k_place = level.order(segment)
                     place = int((choices.query_order[b, h, q_place] == token).nonzero())
                     keys = choices.key_order[b, g, k_place].long()

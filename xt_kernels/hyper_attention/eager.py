@@ -202,7 +202,7 @@ class _Part:
     ) -> None:
         self.level, self.lse_columns = level, lse_columns
         rows, columns = level.queries(segment), level.keys(segment)
-        if spec.window == "tile":
+        if not spec.is_ordered:
             self.query_order = torch.arange(rows.start, rows.stop)
             self.key_order = torch.arange(columns.start, columns.stop)
         else:

@@ -93,7 +93,7 @@ def explain(
     seen = sum(level.count_pairs(level.width + level.num_residual) for level in found)
     hyper = [level for level in found if not level.is_exact]
     slots = sum(level.segments * heads * level.num_blocks for level in hyper)
-    if window != "tile":
+    if spec.is_ordered:
         queries, keys = (
             sum(level.segments * getattr(level, name) for level in hyper)
             for name in ("num_queries", "num_keys")
@@ -110,7 +110,7 @@ def explain(
     else:
         means = max((level.segments * level.num_residual for level in hyper), default=0)
         scratch = 2 * batch * groups * means * head_dim * item if residual == "mean" else 0
-        if window != "tile":
+        if spec.is_ordered:
             # A byte of hash, and this token's share of two counts of each bucket in its tile.
             per_token = 1 + 2 * 4 * 2**lsh_num_projs / TILE
             scratch += int(batch * (heads * num_queries + groups * total) * per_token)

@@ -369,8 +369,8 @@ def part_of(level: Level, spec: Spec) -> dict:
         return {"PART": part, "RESIDUAL": "none", "ORDERED": False, "PLACES": 1}
     residual = "sample" if spec.residual == "uniform" else spec.residual
     places = triton.next_power_of_2(level.num_residual) if residual == "sample" else 1
-    ordered_ = spec.window == "lsh"
-    return {"PART": "window", "RESIDUAL": residual, "ORDERED": ordered_, "PLACES": places}
+    kind = {"PART": "window", "RESIDUAL": residual}
+    return {**kind, "ORDERED": spec.is_ordered, "PLACES": places}
 
 
 def place_of(level: Level, choices: Choices) -> tuple[list[torch.Tensor], list[int]]:
@@ -417,7 +417,7 @@ def launch_means(
         key.stride(), value.stride(), *[m.stride() for m in memory], rows[1],
         mean_key.stride(0), groups, len_m, level.segments, level.step, level.k_begin,
         level.num_keys, level.num_residual,
-        ORDERED=spec.window != "tile", HAS_MEMORY=len_m > 0, HEAD_DIM=head_dim, BLOCK_D=block_d,
+        ORDERED=spec.is_ordered, HAS_MEMORY=len_m > 0, HEAD_DIM=head_dim, BLOCK_D=block_d,
         BLOCK_N=1024 // block_d, num_warps=4, num_stages=1,
         ACC=tl.float64 if key.dtype == torch.float64 else tl.float32,
     )  # fmt: skip

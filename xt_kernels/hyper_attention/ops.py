@@ -77,7 +77,7 @@ def _(
     else:
         queries, keys, residuals = num_queries, num_memory + num_keys, spec.sample_size
         blocks = (num_queries + QUERY_BLOCK - 1) // QUERY_BLOCK
-    if spec.window == "tile":
+    if not spec.is_ordered:
         queries = keys = 0
     if spec.residual not in ("sample", "uniform"):
         residuals = 0

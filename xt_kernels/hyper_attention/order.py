@@ -486,7 +486,7 @@ def launch_choices(
     len_m = memory_key.shape[2] if has_memory else 0
     choices = empty_choices(spec, query, key, len_m, seed)
     hyper = hyper_levels(spec, len_q, len_k, len_m)
-    if spec.window == "tile" or not hyper or not choices.window_start.numel():
+    if not spec.is_ordered or not hyper or not choices.window_start.numel():
         return choices
     mk = memory_key if has_memory else key
     bits = projections.shape[2]

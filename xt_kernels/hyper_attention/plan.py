@@ -56,6 +56,11 @@ class Spec(NamedTuple):
     residual: str
 
     @property
+    def is_ordered(self) -> bool:
+        """Whether tokens are sorted by bucket."""
+        return self.window != "tile"
+
+    @property
     def budget(self) -> int:
         """Keys per query and level."""
         return self.block_size + (0 if self.residual == "none" else self.sample_size)
@@ -402,7 +407,7 @@ def eager_choices(
     """
     num_memory = 0 if memory_key is None else memory_key.shape[2]
     choices = empty_choices(spec, query, key, num_memory, seed)
-    if spec.window == "tile":
+    if not spec.is_ordered:
         return choices
     sizes = query.shape[2], key.shape[2], num_memory
     hyper = hyper_levels(spec, *sizes)
@@ -434,7 +439,7 @@ def empty_choices(
     # What is returned must be nobody else's.
     places = drawn.in_segment.clone()
     none = [query.new_empty((batch, n, 0), dtype=torch.int32) for n in (heads, groups, groups)]
-    if spec.window == "tile":
+    if not spec.is_ordered:
         starts = aligned_starts(spec, *sizes, key.device).repeat(batch, heads, 1)
         return Choices(none[0], none[1], starts, places, drawn.in_memory.repeat(batch, groups, 1))
     queries, keys, blocks = (

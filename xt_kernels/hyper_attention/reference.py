@@ -69,7 +69,7 @@ def _orders(
     choices = plan.choices
     assert choices is not None
     batch = choices.window_start.shape[0]
-    if plan.spec.window == "tile":
+    if not plan.spec.is_ordered:
         places = level.queries(segment), level.keys(segment)
         device = choices.window_start.device
         q, k = (torch.arange(p.start, p.stop, device=device) for p in places)
