@@ -46,7 +46,7 @@ PARAMETERS = [
 @pytest.mark.parametrize("mode, form, side", PARAMETERS)
 def test_image(benchmark, request, mode, form, side):
     arguments = {"form": form, "side": side, "mode": mode}
-    arguments["seconds"] = 60 if request.config.getoption("--full") else 15
+    arguments["seconds"] = 60 if request.config.getoption("--full") else 10
     if benchmark.disabled:
         if side > 512 or mode == "training" or "xt none" != form:
             pytest.skip("one small case is enough to see that it runs")

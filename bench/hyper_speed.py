@@ -31,6 +31,9 @@ def main() -> None:
     forms = {
         "hyper_attention": partial(xk.hyper_attention, *tensors),
         'hyper_attention(residual="mean")': partial(xk.hyper_attention, *tensors, residual="mean"),
+        'hyper_attention(window="cluster", residual="mean")': partial(
+            xk.hyper_attention, *tensors, window="cluster", residual="mean"
+        ),
         "published": partial(published_hyper_attention, *tensors),
     }
     times: dict[str, list[float]] = {name: [] for name in forms}

@@ -18,6 +18,8 @@ from .reference import frequencies
 # (1 MiB of L2, a shared L3 of 32 MiB); with two, 2**20 takes 1.25 times as long, 2**18 2.4 times:
 # each operation waits for its threads.
 _BLOCK_ELEMENTS = 2**22
+# Where a block goes through a buffer, which is fresh memory: 4 MiB of fp32.
+_BUFFER_ELEMENTS = 2**20
 
 
 _Table = list[list[int]]
@@ -88,9 +90,10 @@ def _pixels(image: torch.Tensor, boxes: _Table, first: int, rows: int, cols: int
     )
 
 
-def _limit(per_region: int) -> int:
+def _limit(per_region: int, is_buffered: bool = False) -> int:
     """Regions in a block."""
-    return max(1, _BLOCK_ELEMENTS // max(1, per_region))
+    most = _BUFFER_ELEMENTS if is_buffered else _BLOCK_ELEMENTS
+    return max(1, most // max(1, per_region))
 
 
 def _split(regions: torch.Tensor, first: int, rows: int, cols: int) -> torch.Tensor:
@@ -129,7 +132,11 @@ def extract_forward(
     inner = torch.promote_types(image.dtype, torch.float32)
     biases = _scalars(bias, inner)
     plain = set(gain) <= {1.0} and not any(bias)
-    places, blocks = _blocks(boxes, (1,), (0,), _limit(batch * channels * side * side))
+    # Pixels become floats in the order in which they lie; the sum below reorders them.
+    same_order = (image.stride(3) == 1) == (out.stride(4) == 1)
+    is_buffered = not plain and image.dtype != inner and not (same_order and out.dtype == inner)
+    limit = _limit(batch * channels * side * side, is_buffered)
+    places, blocks = _blocks(boxes, (1,), (0,), limit)
     scratch = None
     for first, rows, cols in blocks:
         height, width = places[first][2:]
@@ -144,9 +151,7 @@ def extract_forward(
             continue
         work = target
         if window.dtype != inner:
-            # Pixels become floats in the order in which they lie; the sum below reorders them.
-            same_order = (window.stride(5) == 1) == (target.stride(5) == 1)
-            if same_order and out.dtype == inner:
+            if not is_buffered:
                 window = target.copy_(window)
             else:
                 if scratch is None or scratch.shape != window.shape:
@@ -235,7 +240,7 @@ def stitch_forward(
         return
     inner = torch.promote_types(features.dtype, torch.float32)
     direct = features.dtype == out.dtype == inner
-    limit = _limit(batch * side * side * channels)
+    limit = _limit(batch * side * side * channels, position and not direct)
     entries, blocks = _blocks(table, (0, 5), (0, 4), limit)
     codes = _codes(table, limit, side, channels, inner) if position else None
     for number, (first, rows, cols) in enumerate(blocks):
