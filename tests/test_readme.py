@@ -99,7 +99,7 @@ def test_every_command_is_in_the_readme():
 
 def test_every_file_it_names_is_there():
     root = Path(__file__).parent.parent
-    named = re.findall(r"(?:scripts|docs|bench)/[\w./]+\w", README)
+    named = re.findall(r"(?:scripts|docs|bench)/[\w./-]+\w", README)
     assert named and all((root / name).exists() for name in named), named
 
 
