@@ -277,7 +277,9 @@ def drawn_places(
         found[1].append((drawn + level.k_offset + segment * level.num_keys).flatten())
         found[2].append((drawn + level.k_begin + segment * level.step).flatten())
     none = torch.empty(0, dtype=torch.long)
-    return Drawn(*(torch.cat([none, *t]).to(device=device, dtype=torch.int32) for t in found))
+    # One copy to the device for all three.
+    drawn = torch.stack([torch.cat([none, *places]) for places in found])
+    return Drawn(*drawn.to(device=device, dtype=torch.int32))
 
 
 @lru_cache(maxsize=64)
@@ -374,7 +376,7 @@ def hash_codes(tokens: torch.Tensor, planes: torch.Tensor, middle: torch.Tensor)
 def centres(rows: torch.Tensor, random: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Centres `[2**bits, D]` of clusters of centred rows `[n, D]`."""
     count = 2 ** random.shape[1]
-    # Less than `count` rows begin again.
+    # Fewer than `count` rows begin again.
     seeds = rows[torch.arange(count) % len(rows)].to(dtype).float()
     seeds = seeds[gray_rank(seeds @ random > 0).argsort(stable=True)]
     own = nearest(rows, seeds, torch.zeros_like(seeds[0]))
