@@ -7,7 +7,7 @@ from typing import Any
 
 from . import cue_digits
 from .cue_digits import BATCH, CEILING, METRIC, METRICS, SIDE, STEPS, Row, check, settings
-from .table import Point
+from .curve import Point
 
 __all__ = ["BATCH", "CEILING", "METRIC", "METRICS", "STEPS", "check", "settings"]
 

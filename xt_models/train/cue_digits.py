@@ -21,7 +21,6 @@ test set holds all assignments, so the 43.0 % bound holds on it exactly, not onl
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import combinations_with_replacement, permutations
@@ -37,14 +36,14 @@ from ..context_encoder import ContextEncoder, Memory
 from ..grid import walk
 from ..heads import ClassificationHead, PlainHead
 from ..mamba import MambaContextEncoder
-from .table import Point, need
+from .curve import CLIP, LEARNING_RATE, WARM_UP, Point, learn
+from .table import need
 
 NAME, METRIC, METRICS = "cue-digits", "accuracy", "accuracies"
 SIDE, REGION, CLASSES = 64, 32, 10
 GRID = RegionGrid(SIDE, SIDE, REGION)
 DIM, DEPTH, HEADS = 64, 2, 2
 BATCH, STEPS, EVALUATE_EVERY = 64, 1000, 200
-LEARNING_RATE, WARM_UP, CLIP = 4e-3, 0.1, 1.0
 SPLIT_SEED, TEST_SEED, TEST_COPIES = 0, 1, 3
 
 
@@ -320,9 +319,7 @@ def train(
 
     seed: of the weights and the training images; the global generators are left as they were.
     steps: batches of 64 images. copies: of the test set's 2,000 images. on_steps: called with the
-        steps just done.
-
-    AdamW at 4e-3, warm-up over a tenth, cosine to zero, gradients clipped at norm 1.
+        steps just done. How it trains: `curve.learn`.
     """
     row = ROWS[row] if isinstance(row, str) else row
     digits, unseen = load()
@@ -330,31 +327,21 @@ def train(
         torch.manual_seed(seed)
         model = CueDigits(row)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
-
-    def rate(step: int) -> float:
-        return min(1.0, (step + 1) / (WARM_UP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     test = balanced_layout(unseen, copies)
-    losses: list[float] = []
-    for step in range(1, steps + 1):
+
+    def loss() -> torch.Tensor:
         layout = draw(digits, BATCH, generator)
         logits, chunks = model(render(digits, layout), seen_region(layout))
-        loss = F.cross_entropy(logits, layout.label)
+        found = F.cross_entropy(logits, layout.label)
         if row.each:
             label = layout.label.repeat_interleave(chunks.shape[1])
-            loss = loss + row.each * F.cross_entropy(chunks.flatten(0, 1), label)
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        on_steps(1)
-        if step == steps or step % EVALUATE_EVERY == 0:
-            yield Point(step, sum(losses) / len(losses), accuracy(model, unseen, test))
-            losses.clear()
+            found = found + row.each * F.cross_entropy(chunks.flatten(0, 1), label)
+        return found
+
+    def score() -> float:
+        return accuracy(model, unseen, test)
+
+    yield from learn(model, loss, score, steps, EVALUATE_EVERY, on_steps)
 
 
 def seen_region(layout: Layout) -> torch.Tensor:

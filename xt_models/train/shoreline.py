@@ -22,7 +22,6 @@ does the bound: 40.0 % is the best on this test set exactly, and calling every d
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,18 +29,17 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from ..heads.dense import DenseHead
 from ..model import XT, XTConfig
-from .table import Point
+from .curve import CLIP, LEARNING_RATE, WARM_UP, Point, learn
 
 NAME, METRIC, METRICS = "shoreline", "f1", "f1s"
 REGION, REGIONS, CELL = 32, 4, 16
 SPECKLE = 0.1
 ENCODER, DIM, DEPTH, HEADS = "test_mambaout", 64, 2, 2
 BATCH, STEPS, EVALUATE_EVERY = 32, 100, 50
-LEARNING_RATE, WARM_UP, CLIP, POSITIVE_WEIGHT = 4e-3, 0.1, 1.0, 4.0
+POSITIVE_WEIGHT = 4.0
 VALIDATION_SEED, TEST_SEED = 1, 2
 VALIDATION_SCENES, TEST_SCENES = 32, 128
 CHANCE = 100 * 2 / 5
@@ -228,9 +226,8 @@ def train(
     seed: of the weights and the training scenes; the global generators are left as they were.
     steps: batches of 8 scenes, each with the four bays. regions: side of the scenes, in regions; a
         batch of large ones is of fewer, at least 2. on_steps: called with the steps just done.
-    save: folder for the model, whose logits are then moved so that the threshold is 0.
-
-    AdamW at 4e-3, warm-up over a tenth, cosine to zero, gradients clipped at norm 1.
+    save: folder for the model, whose logits are then moved so that the threshold is 0. How it
+        trains: `curve.learn`.
     """
     row = ROWS[name]
     with torch.random.fork_rng(devices=[]):
@@ -239,36 +236,27 @@ def train(
     head = model.heads["map"]
     assert isinstance(head, DenseHead)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
-
-    def rate(step: int) -> float:
-        return min(1.0, (step + 1) / (WARM_UP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     scenes = _numbers(regions)
     validation = draw(scenes[1], torch.Generator().manual_seed(VALIDATION_SEED), regions)
     test = draw(scenes[2], torch.Generator().manual_seed(TEST_SEED), regions)
     known, true = (target(layout, regions)[:, 0] for layout in (validation, test))
-    losses: list[float] = []
-    for step in range(1, steps + 1):
+    threshold = torch.tensor(0.0)
+
+    def loss() -> torch.Tensor:
         layout = draw(scenes[0], generator, regions)
-        images = render(layout, regions)
-        loss = head.loss(logits(model, row, images), target(layout, regions))
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        on_steps(1)
-        if step == steps or step % EVALUATE_EVERY == 0:
-            threshold = best_threshold(scores(model, row, validation, regions), known)
-            score = f1(scores(model, row, test, regions) >= threshold, true)
-            yield Point(step, sum(losses) / len(losses), score)
-            losses.clear()
+        found = logits(model, row, render(layout, regions))
+        return head.loss(found, target(layout, regions))
+
+    def score() -> float:
+        nonlocal threshold
+        threshold = best_threshold(scores(model, row, validation, regions), known)
+        return f1(scores(model, row, test, regions) >= threshold, true)
+
+    for point in learn(model, loss, score, steps, EVALUATE_EVERY, on_steps):
+        yield point
     if save is not None:
         with torch.no_grad():
             head.proj.bias[: head.scale**2].sub_(threshold)
         command = f"xt train shoreline --rows {name} --steps {steps} --regions {regions} --save"
-        origin = f"Made by `{command}`, seed {seed}; F1 {score:.1f} % on its test set."
+        origin = f"Made by `{command}`, seed {seed}; F1 {point.score:.1f} % on its test set."
         model.save_pretrained(save, model_card_kwargs={"origin": origin})

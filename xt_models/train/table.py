@@ -36,14 +36,7 @@ import xt_kernels
 
 from ..host import cpu_name, num_cpus
 from ..output import OutputFolder
-
-
-class Point(NamedTuple):
-    """A point of a learning curve: steps done, mean loss since the point before, score (%)."""
-
-    step: int
-    loss: float
-    score: float
+from .curve import Point
 
 
 class Run(NamedTuple):
