@@ -1,17 +1,13 @@
 """CPU form of `selective_scan`: all channels and states of a chunk of tokens at a time.
 
-A token of few states would leave PyTorch's operations with little but overhead. There a chunk is
-cut into blocks of tokens that are scanned side by side:
-
-1. each block from a zero state, which gives its end e_g,
-2. the blocks' true starts s_{g+1} = exp(A sum of d over block g) s_g + e_g,
-3. each block from its true start.
-
-With many states a token, a chunk is one block, and only the third step is left. Backward runs the
-same way from the last token to the first, on states computed again from the chunk's start. Memory
-is that of a chunk, a few tensors of about `_ELEMENTS` numbers, for as many rows of the batch as
-fit. Tensors are `[blocks, tokens of a block, B, G, N, D / G]`: channels last, so that broadcasting
-over states is cheap. exp(x) is exp2(x log2(e)), which PyTorch computes four times as fast on a CPU.
+Tokens of many states are scanned one by one. Tokens of few would leave PyTorch's operations with
+little but overhead; there the chunk is a tree: every second token takes up the one before it, these
+are scanned by themselves, and the others then take up their result, three operations a level, each
+on half the tokens of the level before. Backward scans from the last token to the first, on states
+computed again from the chunk's start. Memory is that of a chunk, a few tensors of about
+`_ELEMENTS` numbers, for as many rows of the batch as fit. Tensors are `[tokens, B, G, N, D / G]`:
+channels last, so that broadcasting over states is cheap. exp(x) is exp2(x log2(e)), which PyTorch
+computes four times as fast on a CPU.
 """
 
 from __future__ import annotations
@@ -19,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +26,10 @@ LOG2E = 1.4426950408889634
 # 8,192 tokens of 6,144 states, 2**18 1.3 times.
 _ELEMENTS = 2**20
 
-# States of all blocks together that one operation updates: where overhead and arithmetic are alike.
-_SIDE_BY_SIDE = 2**12
+
+# States of a token, in all rows of a batch, from which tokens are scanned one by one: a tree goes
+# through memory three times as often, and one operation a token costs as much as so many states.
+_ONE_BY_ONE = 2**12
 
 
 def chunk_length(states: int) -> int:
@@ -84,29 +83,19 @@ class _Inputs:
         return _unflatten(tensor, -1, (self.groups, -1)).movedim(-2, -3)
 
     def channels(self, tensor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-        """Tokens of `[B, D, L]` as `[blocks, tokens, B, G, 1, D / G]`, zero behind the end."""
+        """Tokens of `[B, D, L]` as `[tokens, B, G, 1, D / G]`."""
         sizes = tensor.shape[0], self.groups, 1, tensor.shape[1] // self.groups
-        return _unflatten(self._blocks(tensor, begin, end), 2, sizes)
+        return _unflatten(self._tokens_first(tensor, begin, end), 1, sizes)
 
     def projection(self, tensor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-        """Tokens of `[B, G, N, L]` as `[blocks, tokens, B, G, N, 1]`, zero behind the end."""
-        return _unflatten(self._blocks(tensor, begin, end), 2, (*tensor.shape[:3], 1))
+        """Tokens of `[B, G, N, L]` as `[tokens, B, G, N, 1]`."""
+        return _unflatten(self._tokens_first(tensor, begin, end), 1, (*tensor.shape[:3], 1))
 
-    def layout(self, count: int) -> tuple[int, int]:
-        """(blocks, tokens of a block) of a chunk of `count` tokens."""
-        blocks = max(1, min(_SIDE_BY_SIDE // self.A.numel(), count // 16))
-        return blocks, -(-count // blocks)
-
-    def _blocks(self, tensor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-        """Tokens of `[.., L]` as `[blocks, tokens, ..]`, the axes before L made one."""
+    def _tokens_first(self, tensor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        """Tokens of `[.., L]` as `[tokens, ..]`, the axes before L made one."""
         # Rows first: PyTorch transposes a whole matrix several times faster than a part of one.
         part = tensor[..., begin:end].to(self.A.dtype).contiguous().flatten(0, -2)
-        part = part.t().contiguous()
-        blocks, tokens = self.layout(end - begin)
-        missing = blocks * tokens - len(part)
-        if missing:
-            part = torch.cat([part, part.new_zeros(missing, part.shape[1])])
-        return _unflatten(part, 0, (blocks, tokens))
+        return part.t().contiguous()
 
     def step(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(d, what softplus was applied to or None), both as `channels` gives them."""
@@ -114,93 +103,93 @@ class _Inputs:
         if self.delta_bias is not None:
             raw = raw + self.by_group(self.delta_bias[None])
         step = F.softplus(raw) if self.softplus else raw
-        if step.shape[0] * step.shape[1] > end - begin:
-            # Tokens that are not there leave the state as it is.
-            step = step.clone()
-            step.flatten(0, 1)[end - begin :] = 0
         return step, raw if self.softplus else None
 
-    def tokens(self, tensor: torch.Tensor, count: int) -> torch.Tensor:
-        """The first tokens of `[blocks, tokens, B, G, 1, D / G]` as `[B, D, count]`."""
-        rows = tensor.flatten(2).flatten(0, 1)[:count].contiguous().t().contiguous()
+    def channels_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`[tokens, B, G, 1, D / G]` as `[B, D, tokens]`."""
+        rows = tensor.flatten(1).contiguous().t().contiguous()
         return _unflatten(rows, 0, (self.u.shape[0], -1))
 
 
-def _scan(
-    decay: torch.Tensor, scan: torch.Tensor, whole: torch.Tensor, start: torch.Tensor
-) -> torch.Tensor:
-    """h_t = a_t h_{t-1} + b_t over all tokens of a chunk, in place of b; returns the last h.
+class _Tokens(NamedTuple):
+    """Tokens `[tokens, B, G, N, D / G]`, and each of them as a view where they are scanned so."""
 
-    decay: a; scan: b. whole: product of a over each block, `[blocks, ..]`. start: h before it.
-    """
-    starts = start[None]
-    if len(scan) > 1:
-        end = scan[:, 0].clone()
-        for a, b in zip(decay.unbind(1)[1:], scan.unbind(1)[1:], strict=True):
-            torch.addcmul(b, a, end, out=end)
-        starts = torch.empty_like(end)
-        for g in range(len(scan)):
-            starts[g] = start
-            start = torch.addcmul(end[g], whole[g], start)
-    for a, b in zip(decay.unbind(1), scan.unbind(1), strict=True):
-        starts = torch.addcmul(b, a, starts, out=b)
-    return starts[-1]
+    whole: torch.Tensor
+    each: list[torch.Tensor]
 
-
-def _scan_back(
-    decay: torch.Tensor, scan: torch.Tensor, whole: torch.Tensor, last: torch.Tensor
-) -> torch.Tensor:
-    """g_t = c_t + a_{t+1} g_{t+1} over all tokens of a chunk, in place of c; returns a_1 g_1.
-
-    last: what reaches the chunk's last state from behind. The others as in `_scan`.
-    """
-    lasts = last[None]
-    # Pairs (a_{t+1}, c_t) from behind.
-    pairs = list(zip(decay.unbind(1)[1:], scan.unbind(1)[:-1], strict=True))[::-1]
-    if len(scan) > 1:
-        end = scan[:, -1].clone()
-        for a, c in pairs:
-            torch.addcmul(c, a, end, out=end)
-        end *= decay[:, 0]
-        lasts = torch.empty_like(end)
-        for g in reversed(range(len(scan))):
-            lasts[g] = last
-            last = torch.addcmul(end[g], whole[g], last)
-    behind = scan[:, -1].add_(lasts)
-    for a, c in pairs:
-        behind = torch.addcmul(c, a, behind, out=c)
-    return decay[0, 0] * behind[0]
+    def part(self, first: int, last: int | None) -> _Tokens:
+        return _Tokens(self.whole[first:last], self.each[first:last])
 
 
 class _Space:
-    """Tensors `[blocks, tokens, B, G, N, D / G]` that every chunk fills again.
+    """Tokens that every chunk fills again, one more than it has.
 
-    New ones for each chunk would cost as much as the arithmetic: their pages are mapped afresh.
+    New tensors for each chunk would cost as much as the arithmetic: their pages are mapped afresh.
+    So would new views of all tokens.
     """
 
     def __init__(self, count: int) -> None:
         self.tensors: list[torch.Tensor | None] = [None] * count
+        self.made: dict[tuple[int, ...], list[_Tokens]] = {}
 
-    def of(self, given: _Inputs, step: torch.Tensor) -> list[torch.Tensor]:
-        shape = (*step.shape[:4], given.A.shape[1], step.shape[5])
+    def of(self, given: _Inputs, step: torch.Tensor) -> list[_Tokens]:
+        shape = (step.shape[0] + 1, *step.shape[1:3], given.A.shape[1], step.shape[4])
+        if shape not in self.made:
+            self.made[shape] = [self._tokens(k, shape, step) for k in range(len(self.tensors))]
+        return self.made[shape]
+
+    def _tokens(self, number: int, shape: tuple[int, ...], like: torch.Tensor) -> _Tokens:
         size = math.prod(shape)
-        for k, kept in enumerate(self.tensors):
-            if kept is None or kept.numel() < size:
-                self.tensors[k] = step.new_empty(size)
-        return [t[:size].view(shape) for t in self.tensors if t is not None]
+        kept = self.tensors[number]
+        if kept is None or kept.numel() < size:
+            self.tensors[number] = kept = like.new_empty(size)
+        whole = kept[:size].view(shape)
+        return _Tokens(whole, list(whole.unbind(0)) if whole[0].numel() >= _ONE_BY_ONE else [])
+
+
+def _scan(decay: _Tokens, scan: _Tokens, space: _Tokens, back: bool = False) -> None:
+    """h_t = b_t + a_t h_{t-1}, or with `back` h_t = b_t + a_t h_{t+1}, from zero, in place of b.
+
+    decay: a, whose value for the token that is scanned first is not used; scan: b; space: room.
+    """
+    if not scan.each:
+        return _scan_tree(decay.whole, scan.whole, space.whole, back)
+    order = slice(None, None, -1 if back else 1)
+    decays, states = decay.each[order], scan.each[order]
+    state = states[0]
+    for a, b in zip(decays[1:], states[1:], strict=True):
+        state = b.addcmul_(a, state)
+
+
+def _scan_tree(decay: torch.Tensor, scan: torch.Tensor, space: torch.Tensor, back: bool) -> None:
+    """What `_scan` does, three operations a level."""
+    count, half = len(scan), len(scan) // 2
+    if not half:
+        return
+    # The token scanned first is one of `early`; each of `late` has one of `early` before it.
+    lead, others = (count - 1) % 2 if back else 0, count - half
+    early, late = scan[lead::2], scan[1 - lead :: 2]
+    early_decay, late_decay = decay[lead::2], decay[1 - lead :: 2]
+    before = slice(others - half, others) if back else slice(half)
+    late.addcmul_(late_decay, early[before])
+    product = torch.mul(late_decay, early_decay[before], out=space[:half])
+    _scan_tree(product, late, space[half:], back)
+    if back:
+        early[:-1].addcmul_(early_decay[:-1], late[half - others + 1 :])
+    else:
+        early[1:].addcmul_(early_decay[1:], late[: others - 1])
 
 
 def _fill(
-    given: _Inputs, step: torch.Tensor, x: torch.Tensor, projection: torch.Tensor,
-    decay: torch.Tensor, scan: torch.Tensor, start: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """a_t in `decay` and h_t in `scan`; returns (product of a over each block, last h)."""
-    rate = given.rate
+    rate: torch.Tensor, step: torch.Tensor, x: torch.Tensor, projection: torch.Tensor,
+    start: torch.Tensor, decay: _Tokens, scan: _Tokens, space: _Tokens,
+) -> None:  # fmt: skip
+    """a_t in `decay` and h_t in `scan`, from the state `start`."""
     # Folded into A, log2(e) would shift all tokens alike.
-    torch.mul(step * LOG2E, rate, out=decay).exp2_()
-    torch.mul(x, projection, out=scan)
-    whole = torch.exp(step.sum(1) * rate)
-    return whole, _scan(decay, scan, whole, start)
+    torch.mul(step * LOG2E, rate, out=decay.whole).exp2_()
+    torch.mul(x, projection, out=scan.whole)
+    scan.whole[0].addcmul_(decay.whole[0], start)
+    _scan(decay, scan, space)
 
 
 def _first(given: _Inputs, initial_state: torch.Tensor | None) -> torch.Tensor:
@@ -240,7 +229,7 @@ def forward(
     if not u.numel():
         last.zero_() if initial_state is None else last.copy_(initial_state)
         return out, last, states
-    space = _Space(2)
+    rate, space = whole.rate, _Space(3)
     for rows, given in whole.parts(chunk):
         state = _first(given, None if initial_state is None else initial_state[rows])
         for index, begin in enumerate(range(0, length, chunk)):
@@ -249,16 +238,17 @@ def forward(
                 states[rows, index] = _by_channel(state)
             step, _ = given.step(begin, end)
             value = given.channels(given.u, begin, end)
-            decay, scan = space.of(given, step)
+            decay, scan, room = (t.part(0, end - begin) for t in space.of(given, step))
             b, c = (given.projection(t, begin, end) for t in (given.B, given.C))
-            _, state = _fill(given, step, step * value, b, decay, scan, state)
-            state = state.clone()
-            y = c.mT @ scan  # [blocks, tokens, B, G, 1, D / G]
+            _fill(rate, step, step * value, b, state, decay, scan, room)
+            state = scan.whole[-1].clone()
+            y = c.mT @ scan.whole  # [tokens, B, G, 1, D / G]
             if D is not None:
                 y += given.by_group(D[None]) * value
+            y = given.channels_first(y)
             if given.z is not None:
-                y *= F.silu(given.channels(given.z, begin, end))
-            out[rows, :, begin:end] = given.tokens(y, end - begin)
+                y *= F.silu(given.z[..., begin:end].to(y.dtype))
+            out[rows, :, begin:end] = y
         last[rows] = _by_channel(state).mT
     return out, last, states
 
@@ -292,10 +282,11 @@ def backward(
         return grads
     du, ddelta, dB, dC = (t.new_empty(t.shape) for t in (u, delta, B, C))
     dz = None if z is None else z.new_empty(z.shape)
-    dA = torch.zeros_like(whole.rate)
+    rate = whole.rate
+    dA = torch.zeros_like(rate)
     dD, dbias = (A.new_zeros(whole.groups, 1, u.shape[1] // whole.groups) for _ in range(2))
     dfirst = None if initial_state is None else torch.empty_like(initial_state)
-    space = _Space(3)
+    space = _Space(4)
     for rows, given in whole.parts(chunk):
         grad = _first(given, None if grad_last_state is None else grad_last_state[rows])
         for index in reversed(range(-(-length // chunk))):
@@ -304,44 +295,47 @@ def backward(
             step, raw = given.step(begin, end)
             value, dy = (given.channels(t, begin, end) for t in (given.u, grad_out[rows]))
             b, c = (given.projection(t, begin, end) for t in (given.B, given.C))
-            decay, scan, back = space.of(given, step)
+            decays, *others = space.of(given, step)
+            scan, back, room = (t.part(0, count) for t in others)
+            a, h, g = decays.whole[:count], scan.whole, back.whole
             start, x = given.by_group(states[rows, index]), step * value
-            product, _ = _fill(given, step, x, b, decay, scan, start)
+            _fill(rate, step, x, b, start, decays.part(0, count), scan, room)
             if given.z is not None and dz is not None:
                 gate = given.channels(given.z, begin, end)
                 sigmoid = gate.sigmoid()
-                y = c.mT @ scan
+                y = c.mT @ h
                 if D is not None:
                     y += given.by_group(D[None]) * value
                 # d silu(z) = sigmoid(z) (1 + z (1 - sigmoid(z)))
                 dgate = dy * y * sigmoid * (1 + gate * (1 - sigmoid))
-                dz[rows, :, begin:end] = given.tokens(dgate, count)
+                dz[rows, :, begin:end] = given.channels_first(dgate)
                 dy = dy * gate * sigmoid
-            torch.mul(dy, c, out=back)
-            grad = _scan_back(decay, back, product, grad)
-            # [blocks, tokens, B, G, N, 1]: sums over channels
-            of_c = (scan @ dy.mT).flatten(0, 1)[:count, ..., 0]
-            of_b = (back @ x.mT).flatten(0, 1)[:count, ..., 0]
+            torch.mul(dy, c, out=g)
+            g[-1] += grad
+            # g_t = c_t + a_{t+1} g_{t+1}
+            _scan(decays.part(1, None), back, room, back=True)
+            grad = a[0] * g[0]
+            # [tokens, B, G, N]: sums over channels
+            of_c, of_b = (h @ dy.mT)[..., 0], (g @ x.mT)[..., 0]
             dC[rows, ..., begin:end] = of_c.permute(1, 2, 3, 0)
             dB[rows, ..., begin:end] = of_b.permute(1, 2, 3, 0)
-            dx = b.mT @ back
+            dx = b.mT @ g
             # w = g a h, with h of the token before, in place of a
-            decay *= back
-            w, before = decay.flatten(0, 1), scan.flatten(0, 1)
-            w[1:] *= before[:-1]
-            w[0] *= start
-            dstep = value * dx + torch.mul(decay, given.rate, out=back).sum(-2, keepdim=True)
-            dA += (decay.mul_(step)).sum((0, 1, 2))
+            a *= g
+            a[1:] *= h[:-1]
+            a[0] *= start
+            dstep = value * dx + torch.mul(a, rate, out=g).sum(-2, keepdim=True)
+            dA += a.mul_(step).sum((0, 1))
             dvalue = step * dx
             if D is not None:
                 dvalue += given.by_group(D[None]) * dy
-                dD += (dy * value).sum((0, 1, 2))
+                dD += (dy * value).sum((0, 1))
             if raw is not None:
                 dstep *= raw.sigmoid()
-            du[rows, :, begin:end] = given.tokens(dvalue, count)
-            ddelta[rows, :, begin:end] = given.tokens(dstep, count)
+            du[rows, :, begin:end] = given.channels_first(dvalue)
+            ddelta[rows, :, begin:end] = given.channels_first(dstep)
             if delta_bias is not None:
-                dbias += dstep.flatten(0, 1)[:count].sum((0, 1))
+                dbias += dstep.sum((0, 1))
         if dfirst is not None:
             dfirst[rows] = _by_channel(grad).mT
     grads = [du, ddelta, _by_channel(dA).mT.contiguous(), dB, dC]
