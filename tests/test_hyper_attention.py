@@ -238,12 +238,17 @@ def test_clusters_meet_where_hashes_cut_them():
     assert described.mass.min() > 0.75 and described.key_buckets.sum() == 2 * 1024
 
 
+@pytest.mark.parametrize("made", ["clusters", "gaussian"])
 @pytest.mark.parametrize(
-    ("window", "residual"), [("lsh", "mean"), ("lsh", "sample"), ("cluster", "mean")]
+    ("window", "residual"),
+    [("lsh", "mean"), ("lsh", "sample"), ("cluster", "mean"), ("tile", "sample")],
 )
-def test_the_error_falls_with_the_budget(window, residual):
-    """Clusters, mean of several seeds; 0 where the budget covers all keys."""
+def test_the_error_falls_with_the_budget(window, residual, made):
+    """Mean of several seeds; 0 where the budget covers all keys."""
     query, key, value = of_clusters(16)
+    if made == "gaussian":
+        generator = torch.Generator().manual_seed(0)
+        query, key, value = torch.randn(3, 1, 2, 1024, 32, generator=generator)
     exact = F.scaled_dot_product_attention(query, key, value)
     errors = []
     for keys in (32, 64, 128, 256, 512):

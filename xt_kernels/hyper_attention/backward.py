@@ -38,6 +38,7 @@ from .._attention import (
 )
 from .._tiles import offset, split
 from .forward import (
+    aot_case,
     aot_table,
     chunks,
     key_tile,
@@ -153,11 +154,11 @@ def _query_gradient(
 @triton.jit
 def _hyper_attention_bwd_query_kernel(
     q_ptr, k_ptr, v_ptr, mk_ptr, mv_ptr, mean_k_ptr, mean_v_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr,
-    dq_ptr, delta_ptr, q_order_ptr, k_order_ptr, start_ptr, place_ptr, residual_ptr,
+    dq_ptr, delta_ptr, weight_ptr, q_order_ptr, k_order_ptr, start_ptr, place_ptr, residual_ptr,
     q_strides, k_strides, v_strides, mk_strides, mv_strides, out_strides, do_strides, dq_strides,
     lse_strides, dlse_strides,
-    q_order_row, k_order_row, start_row, residual_row, mean_row, scale_parts, num_heads, group,
-    len_m, segments, step, q_begin, num_queries, q_end, k_begin, num_keys, k_end, width,
+    q_order_row, k_order_row, start_row, residual_row, weight_row, mean_row, scale_parts, num_heads,
+    group, len_m, segments, step, q_begin, num_queries, q_end, k_begin, num_keys, k_end, width,
     num_residual,
     PART: tl.constexpr, RESIDUAL: tl.constexpr, ORDERED: tl.constexpr, HAS_MEMORY: tl.constexpr,
     HAS_DLSE: tl.constexpr, ACCUMULATE: tl.constexpr, PLACES: tl.constexpr,
@@ -167,7 +168,8 @@ def _hyper_attention_bwd_query_kernel(
 ):  # fmt: skip
     """dq of BLOCK_M ordered queries of a segment of a level, and their D `[B, H, L]`.
 
-    The second axis of programs has BLOCK_O of the columns each.
+    The first program of a query block leaves the weight of its samples `[B, H, segments blocks]`
+    for the next launch. The second axis of programs has BLOCK_O of the columns each.
     """
     pid_bhs, tile = split(tl.program_id(0), tl.cdiv(num_queries, BLOCK_M))
     pid_bh, segment = split(pid_bhs, segments)
@@ -225,10 +227,9 @@ def _hyper_attention_bwd_query_kernel(
     )  # fmt: skip
     k_order = k_order_ptr + offset(pid_bg, k_order_row) + segment * num_keys
     start = 0
+    block = segment * tl.cdiv(num_queries, QUERY_BLOCK) + tile * BLOCK_M // QUERY_BLOCK
     if PART == "window":
-        block = tile * BLOCK_M // QUERY_BLOCK
-        blocks = tl.cdiv(num_queries, QUERY_BLOCK)
-        start = tl.load(start_ptr + offset(pid_bh, start_row) + segment * blocks + block)
+        start = tl.load(start_ptr + offset(pid_bh, start_row) + block)
     limit = width
     if PART == "causal":
         limit = tl.minimum(tile * BLOCK_M + BLOCK_M, k_end - k_first)
@@ -254,6 +255,8 @@ def _hyper_attention_bwd_query_kernel(
             of_sample = sample_weight(
                 sample_place, start, width, num_keys, num_residual, PLACES, ACC
             )
+            is_first = (tile * BLOCK_M % QUERY_BLOCK == 0) & (pid_o == 0)
+            tl.store(weight_ptr + offset(pid_bh, weight_row) + block, of_sample, mask=is_first)
         for first in tl.range(0, num_residual, BLOCK_N, disable_licm=True):
             j = first + offs_n
             mask = j < num_residual
@@ -306,9 +309,9 @@ def _collect(
 @triton.jit
 def _hyper_attention_bwd_residual_kernel(
     q_ptr, k_ptr, v_ptr, mk_ptr, mv_ptr, mean_k_ptr, mean_v_ptr, do_ptr, lse_ptr, delta_ptr,
-    sums_ptr, q_order_ptr, k_order_ptr, start_ptr, place_ptr, residual_ptr,
+    sums_ptr, weight_ptr, q_order_ptr, k_order_ptr, start_ptr, place_ptr, residual_ptr,
     q_strides, k_strides, v_strides, mk_strides, mv_strides, do_strides, lse_strides,
-    q_order_row, k_order_row, start_row, residual_row, mean_row, sums_row, scale_parts,
+    q_order_row, k_order_row, start_row, residual_row, weight_row, mean_row, sums_row, scale_parts,
     num_key_heads, group, len_m,
     segments, step, q_begin, num_queries, q_end, k_begin, num_keys, k_end, width, num_residual,
     slice_blocks, programs,
@@ -350,26 +353,30 @@ def _hyper_attention_bwd_residual_kernel(
         pid_bh = pid_bg * group + member
         q_order = q_order_ptr + offset(pid_bh, q_order_row) + segment * num_queries
         starts = start_ptr + offset(pid_bh, start_row) + segment * blocks
+        weights = weight_ptr + offset(pid_bh, weight_row) + segment * blocks
         rows = (
             head_of(q_ptr, pid_b, pid_h, q_strides), head_of(do_ptr, pid_b, pid_h, do_strides),
             head_of(lse_ptr, pid_b, pid_h, lse_strides),
             head_of(delta_ptr, pid_b, pid_h, lse_strides), q_strides, do_strides, lse_strides,
         )  # fmt: skip
-        for first in tl.range(begin, end, BLOCK_M, disable_licm=True):
-            start = tl.load(starts + first // QUERY_BLOCK)
+        for block in range(begin, end, QUERY_BLOCK):
+            start = tl.load(starts + block // QUERY_BLOCK)
             of_sample = 0.0
             if RESIDUAL == "sample":
-                of_sample = sample_weight(place, start, width, num_keys, num_residual, PLACES, ACC)
+                of_sample = tl.load(weights + block // QUERY_BLOCK)
             weight = residual_weight(
                 place, j, start, width, num_keys, num_residual, of_sample, RESIDUAL, ACC
             )
-            row = first + tl.arange(0, BLOCK_M)
-            mask_m = row < count
-            offs_m = ordered(q_order, row, mask_m, q_first, ORDERED)
-            dk, dv = _collect(
-                dk, dv, k, v, weight[:, None], rows, offs_m, mask_m, scale_log2, offs_d, HEAD_DIM,
-                PRECISION, ACC,
-            )  # fmt: skip
+            for first in tl.range(
+                block, tl.minimum(block + QUERY_BLOCK, end), BLOCK_M, disable_licm=True
+            ):
+                row = first + tl.arange(0, BLOCK_M)
+                mask_m = row < count
+                offs_m = ordered(q_order, row, mask_m, q_first, ORDERED)
+                dk, dv = _collect(
+                    dk, dv, k, v, weight[:, None], rows, offs_m, mask_m, scale_log2, offs_d,
+                    HEAD_DIM, PRECISION, ACC,
+                )  # fmt: skip
 
     mask = (j < num_residual)[:, None] & (offs_d < HEAD_DIM)[None, :]
     ptrs = sums_ptr + offset(pid_s * 2 * programs + pid_bgs, sums_row)
@@ -556,10 +563,13 @@ def launch_backward(
         )  # fmt: skip
         tiles = triton.cdiv(level.num_queries, query_config.block_m)
         programs = batch * heads * level.segments * tiles
+        weight_shape = batch * heads, 1, level.segments * level.num_blocks
+        weights = rows_for(weight_shape, delta.dtype, query.device)
+        rows = [*rows, weights.stride(0)]
         if programs:
             block_c, block_o = chunks(head_dim, query_config)
             _hyper_attention_bwd_query_kernel[(programs, triton.cdiv(head_dim, block_o))](
-                query, key, value, *memory, *means, out, grad_out, lse, dlse, dq, delta,
+                query, key, value, *memory, *means, out, grad_out, lse, dlse, dq, delta, weights,
                 *plan_tensors, *strides, out.stride(), grad_out.stride(), dq.stride(),
                 lse.stride(), dlse.stride(), *rows, means[0].stride(0), parts,
                 heads, heads // groups, len_m, *sizes, **common, ACCUMULATE=several,
@@ -577,9 +587,9 @@ def launch_backward(
             sums = rows_for(shape, delta.dtype, query.device)
             tiles = triton.cdiv(level.num_residual, residual_config.block_n)
             _hyper_attention_bwd_residual_kernel[(slices * programs * tiles,)](
-                query, key, value, *memory, *means, grad_out, lse, delta, sums, *plan_tensors,
-                *strides, grad_out.stride(), lse.stride(), *rows, means[0].stride(0),
-                sums.stride(1), parts, groups, heads // groups, len_m, *sizes,
+                query, key, value, *memory, *means, grad_out, lse, delta, sums, weights,
+                *plan_tensors, *strides, grad_out.stride(), lse.stride(), *rows,
+                means[0].stride(0), sums.stride(1), parts, groups, heads // groups, len_m, *sizes,
                 slice_blocks, programs, **common, **launch_options(query, residual_config),
             )  # fmt: skip
             sums = torch.sum(sums, 0, out=rows_for(shape[1:], delta.dtype, query.device))
@@ -601,8 +611,11 @@ def aot_cases() -> Iterator[AotCase]:
     """What the launchers compile, with memory."""
     parts = ("sample", "mean", "tile", "causal")
     yield from aot_table("dq", _hyper_attention_bwd_query_kernel, QUERY, parts)
-    # Under Triton 3.6 some registers spill at head dim 256 with samples of fp32, and on sm_80 with
-    # the window "tile" and any strides.
     parts_of = ("sample", "tile", "mean")
-    yield from aot_table("residual", _hyper_attention_bwd_residual_kernel, RESIDUAL, parts_of)
+    kernel = _hyper_attention_bwd_residual_kernel
+    yield from aot_table("residual", kernel, RESIDUAL, parts_of)
+    # Where registers are scarcest, the other parts too.
+    for kind, dtype in (("any", "bf16"), ("wide", "fp32")):
+        for part in parts_of[:2]:
+            yield aot_case("residual", kernel, kind, dtype, 256, RESIDUAL[kind][256][0], part)
     yield from aot_table("dkv", _hyper_attention_bwd_key_kernel, KEY, parts)

@@ -493,7 +493,7 @@ def aot_case(
     accumulate = part == "causal"
     wide = {"out_ptr", "dq_ptr", "dk_ptr", "dv_ptr", "dmk_ptr", "dmv_ptr"} if accumulate else set()
     integers = {"q_order_ptr", "k_order_ptr", "start_ptr", "place_ptr", "residual_ptr"}
-    fp32 = {"lse_ptr", "dlse_ptr", "delta_ptr", "sums_ptr"} | wide
+    fp32 = {"lse_ptr", "dlse_ptr", "delta_ptr", "sums_ptr", "weight_ptr"} | wide
     signature = {}
     for name in names:
         if name.endswith("_ptr"):
