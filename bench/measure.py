@@ -5,7 +5,8 @@
 
 `compare` fails if an answer is wrong. Otherwise `extra_info` holds, for each form, the median of
 its times with the 20th and 80th percentile, peak memory, error where forms approximate, and the
-ratio of times to ours, formed round by round, because rounds run in turns.
+ratio of times to ours, formed round by round, because rounds run in turns. A yardstick, the same
+work in every bench, tells how the machine drifts from bench to bench.
 """
 
 from __future__ import annotations
@@ -145,8 +146,8 @@ def compare(
         source = torch.zeros(max(1, num_bytes // 2), dtype=torch.uint8, device=DEVICE)
         target = torch.empty_like(source)
         floors["copy"] = lambda: target.copy_(source)
-    times: dict[str, list[float]] = {name: [] for name in (*forms, *floors)}
-    runs = forms | floors
+    runs = forms | floors | {"yardstick": _yardstick(DEVICE)}
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
     end = time.perf_counter() + 30
@@ -159,6 +160,7 @@ def compare(
         for name in forms
         if name != first
     }
+    info["yardstick"] = statistics.median(times["yardstick"])
     median = info["seconds"][first]["median"]
     floor = [statistics.median(times["copy"])] if floors else []
     if flops:
@@ -248,6 +250,21 @@ def run_child(script: Path, arguments: dict[str, Any], limit: int | None, timeou
 
 
 # The machine
+
+
+@lru_cache(maxsize=1)
+def _yardstick(device: str) -> Run:
+    """A copy and a product of matrices, about a millisecond of each on a CPU core."""
+    source = torch.zeros(2**26 if device == "cuda" else 2**22, device=device)
+    size = 4096 if device == "cuda" else 384
+    one, other = torch.zeros(2, size, size, device=device).unbind()
+    target, product = torch.empty_like(source), torch.empty_like(one)
+
+    def run() -> None:
+        target.copy_(source)
+        torch.mm(one, other, out=product)
+
+    return run
 
 
 @lru_cache(maxsize=4)

@@ -218,10 +218,10 @@ def test_verdicts_respect_the_spread(tmp_path):
     verdicts, alone = compare_records(read_record(old), read_record(new))
     found = {(v.new.form, v.new.size): v.verdict for v in verdicts}
     assert found == {
-        ("ours", 1): "same time within the spread",  # 0.9 to 1.1 and 1.035 to 1.265
+        ("ours", 1): "same time within spread and drift",  # 0.9 to 1.1 and 1.035 to 1.265
         ("eager", 1): "2.00 times as fast",
         ("ours", 2): "1.30 times as slow",  # 1.17 is above 1.1
-        ("eager", 2): "same time within the spread",
+        ("eager", 2): "same time within spread and drift",
         ("xt xl", 512): "measured before, out of memory now",
         ("naive", 512): "too few runs to tell a change of time from chance; "
                         "more memory (+100.0 MiB)",
@@ -233,9 +233,25 @@ def test_verdicts_respect_the_spread(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_drifting_machine_hides_small_changes(tmp_path):
+    """The machine was up to 1.25 times as slow at some time of the first run."""
+    steady = [kernel(n, 1.0, 1.0, yardstick=0.002) for n in (1, 2)]
+    drifting = [*steady, kernel(3, 1.0, 1.0, yardstick=0.0025)]
+    new = write(tmp_path / "new.json", kernel(1, 0.75, 0.25, yardstick=0.002))
+    told = []
+    for benches in (steady, drifting):
+        old = read_record(write(tmp_path / f"old{len(told)}.json", *benches))
+        verdicts, _ = compare_records(old, read_record(new))
+        told.append({v.new.form: v.verdict for v in verdicts})
+    assert told[0] == {"ours": "1.33 times as fast", "eager": "4.00 times as fast"}
+    hidden = "same time within spread and drift"
+    assert told[1] == {"ours": hidden, "eager": "4.00 times as fast"}
+    assert old.drift == (1.0, 1.25) and old.where.endswith("drift 1.00 to 1.25")
+
+
 def test_a_record_is_the_same_as_itself(results, tmp_path):
     told = make_report(results / "k.json", tmp_path / "out", against=results / "k.json")
-    assert told[0] == "4 of 4 rows: same time within the spread"
+    assert told[0] == "4 of 4 rows: same time within spread and drift"
     text = (tmp_path / "out" / "report.md").read_text()
     assert "## k.json and k.json" in text and "Before: 2 cores" in text
 

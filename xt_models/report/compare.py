@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .records import Record, Row
+from .records import Record, Row, Spread
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,10 @@ class Verdict:
 def compare_records(old: Record, new: Record) -> tuple[list[Verdict], list[str]]:
     """(a verdict for each row that both have, what only one of them has).
 
-    Times differ where the ranges from the 20th to the 80th percentile do not touch. A peak of
-    memory differs where it moved by more than a tenth and 1 MiB, an error by more than a tenth.
+    Times differ where the ranges from the 20th to the 80th percentile, each widened by the drift of
+    its run, do not touch: rounds of one bench lie within seconds and do not show how the machine
+    changes over minutes. A peak of memory differs where it moved by more than a tenth and 1 MiB, an
+    error by more than a tenth.
     """
     before = {row.key: row for row in old.rows}
     verdicts, alone = [], []
@@ -33,7 +35,7 @@ def compare_records(old: Record, new: Record) -> tuple[list[Verdict], list[str]]
         change = None
         if row.seconds and other.seconds:
             change = row.seconds.median / other.seconds.median
-        verdicts.append(Verdict(other, row, change, _judge(other, row)))
+        verdicts.append(Verdict(other, row, change, _judge(other, row, old.drift, new.drift)))
     alone += [f"only in {old.path.name}: {_name(row)}" for row in before.values()]
     return verdicts, alone
 
@@ -43,19 +45,27 @@ def _name(row: Row) -> str:
     return ", ".join(part for part in (row.op, row.variant, size, row.form) if part)
 
 
-def _judge(old: Row, new: Row) -> str:
+def _range(seconds: Spread, drift: tuple[float, float]) -> tuple[float, float]:
+    """Where a time lies, had the machine been at its median."""
+    return seconds.p20 / drift[1], seconds.p80 / drift[0]
+
+
+def _judge(
+    old: Row, new: Row, old_drift: tuple[float, float], new_drift: tuple[float, float]
+) -> str:
     if old.outcome != new.outcome:
         return f"{old.outcome} before, {new.outcome} now"
     words = []
     if old.seconds and new.seconds:
+        before, after = _range(old.seconds, old_drift), _range(new.seconds, new_drift)
         if not (old.seconds.known and new.seconds.known):
             words.append("too few runs to tell a change of time from chance")
-        elif new.seconds.p80 < old.seconds.p20:
+        elif after[1] < before[0]:
             words.append(f"{old.seconds.median / new.seconds.median:.2f} times as fast")
-        elif new.seconds.p20 > old.seconds.p80:
+        elif after[0] > before[1]:
             words.append(f"{new.seconds.median / old.seconds.median:.2f} times as slow")
         else:
-            words.append("same time within the spread")
+            words.append("same time within spread and drift")
     if old.memory and new.memory:
         moved = new.memory - old.memory
         if abs(moved) > max(old.memory / 10, 2**20):

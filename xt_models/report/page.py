@@ -194,7 +194,9 @@ def verdict_lines(old: Record, new: Record) -> list[str]:
     (_, body), alone = verdict_table(old, new)
     changed = [line for line in body if not line[-1].startswith("same time")]
     lines = ["  ".join(line) for line in changed]
-    lines.append(f"{len(body) - len(changed)} of {len(body)} rows: same time within the spread")
+    lines.append(
+        f"{len(body) - len(changed)} of {len(body)} rows: same time within spread and drift"
+    )
     return [*lines, *alone]
 
 

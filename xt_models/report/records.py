@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,17 +73,29 @@ class Row:
 
 @dataclass(frozen=True)
 class Record:
-    """One file. machine: what it was measured on. absent: form -> why it could not be measured."""
+    """One file. machine: what it was measured on. absent: form -> why it could not be measured.
+
+    yardstick: seconds that one and the same work took in each bench of the run.
+    """
 
     path: Path
     machine: dict[str, Any]
     command: str
     rows: list[Row] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
+    yardstick: list[float] = field(default_factory=list)
+
+    @property
+    def drift(self) -> tuple[float, float]:
+        """How fast and how slow the machine was during the run: times over the median of all."""
+        if not self.yardstick:
+            return 1.0, 1.0
+        median = statistics.median(self.yardstick)
+        return min(self.yardstick) / median, max(self.yardstick) / median
 
     @property
     def where(self) -> str:
-        """`2 cores of AMD EPYC, torch 2.15.0, commit 0123456`."""
+        """`2 cores of AMD EPYC, torch 2.15.0, commit 0123456, drift 0.97 to 1.05`."""
         facts = self.machine
         processor = (
             facts.get("gpu") or f"{facts.get('cores', '?')} cores of {facts.get('cpu', '?')}"
@@ -91,7 +104,11 @@ class Record:
         if facts.get("driver"):
             parts.append(f"driver {facts['driver']}")
         parts += [f"{name} {facts[name]}" for name in ("torch", "triton") if name in facts]
-        return ", ".join([*parts, f"commit {str(facts.get('commit', 'unknown'))[:7]}"])
+        parts.append(f"commit {str(facts.get('commit', 'unknown'))[:7]}")
+        if self.yardstick:
+            low, high = self.drift
+            parts.append(f"drift {low:.2f} to {high:.2f}")
+        return ", ".join(parts)
 
 
 def read_folder(folder: Path) -> tuple[list[Record], list[str]]:
@@ -167,6 +184,8 @@ def _from_infos(path: Path, machine: dict[str, Any], command: str, infos: dict[s
                 f"{info.get('schema', 'none')}: run them again with `{command}`."
             )
         record.absent.update(info.get("absent", {}))
+        if "yardstick" in info:
+            record.yardstick.append(info["yardstick"])
         record.rows.extend(_rows(f"{path.name}, {name}", info))
     return record
 
