@@ -202,6 +202,37 @@ def test_readme_table(results, tmp_path):
         write_readme(records, readme)
 
 
+def test_records_of_scripts(tmp_path):
+    """Scores of a small task, errors at equal keys, and a training step with one form left out."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    facts = {"cpu": "AMD", "cores": 2, "commit": "0123456789"}
+    row = {"title": "no context", "f1s": [40.0, 39.0], "mean": 39.5, "half_width_95": 1.5,
+           "ceiling": 40.0, "seconds": [1.0, 2.0]}  # fmt: skip
+    task = {"task": "vessels", "rows": {"alone": row}, "machine": facts, "versions": {}}
+    forms = {"published": (8.0, 1.0), "tile": (2.0, 0.25), "lsh": (6.0, 0.5)}
+    errors = {
+        "machine": facts, "shape": [1, 2, 1024, 64], "seeds": 3,
+        "rows": [{"input": "Gaussian", "form": form, "error": error, "time_ratio": time}
+                 for form, (error, time) in forms.items()],
+    }  # fmt: skip
+    step = facts | {
+        "what": "forward, loss and backward of one image; peak resident memory of it",
+        "command": "python step.py", "encoder": "tiny", "size": 2048, "region": 512,
+        "processor_seconds": {"context": [3.0, 3.2], "none": [2.0, 2.0]}, "ratios": [1.5, 1.6],
+        "peaks": {"context": 2**30},
+    }  # fmt: skip
+    for name, data in (("task", task), ("errors", errors), ("step", step)):
+        (folder / f"{name}.json").write_text(json.dumps(data))
+    make_report(folder, tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| vessels, no context | 40.0, 39.0 | 39.5 ± 1.5 | 40.0 |" in text
+    assert "least error over that of the published form: Gaussian 0.25 (tile)" in text
+    assert "| Gaussian | 1,024 tokens | lsh | 0.50 (0.50 to 0.50) | 6 |" in text
+    assert "| 2,048 px a side | xl | 3.1 s (3.04 s to 3.16 s, n = 2) | 1.55" in text
+    assert "nothing recomputed" not in text and "not shown" not in text
+
+
 # Two records
 
 
@@ -273,7 +304,7 @@ def test_refusals(results, tmp_path):
         read_record(tmp_path / "none.json")
     write(results / "old.json", kernel(1, 1.0, 1.0, schema=0))
     write(results / "half.json", {"fullname": "x", "extra_info": {"schema": 1, "op": "y"}})
-    (results / "other.json").write_text('{"task": "cue-digits"}')
+    (results / "other.json").write_text('{"what": "a list"}')
     records, refused = read_folder(results)
     assert [r.path.name for r in records] == ["i.json", "k.json"]
     assert refused == [

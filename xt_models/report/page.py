@@ -12,7 +12,7 @@ from pathlib import Path
 from ..receptive_field import context_length
 from .compare import compare_records
 from .plots import draw
-from .records import Record, RecordError, Row
+from .records import ERRORS, Record, RecordError, Row, Score
 
 PAPER = Path(__file__).parent.parent / "assets" / "paper"
 _CHUNK = {256: 1, 512: 1, 4096: 4}  # the paper's regions a chunk, by side of the image
@@ -85,10 +85,22 @@ def measured_table(rows: Iterable[Row], sources: list[str]) -> Table:
             bytes_text(row.memory) if row.memory is not None else "",
             f"{row.error:.2g}" if row.error is not None else "",
             f"{row.over_floor:.1f}" if row.over_floor else "",
-            _cite(row, sources),
+            _cite(row.source, sources),
         ])  # fmt: skip
     used = [i for i in range(len(head)) if any(line[i] for line in body)]
     return [head[i] for i in used], [[line[i] for i in used] for line in body]
+
+
+def score_table(scores: Iterable[Score], sources: list[str]) -> Table:
+    """Percent on the test set: each seed, and their mean with its 95 % interval."""
+    body = [
+        [
+            s.row, ", ".join(f"{x:.1f}" for x in s.seeds), f"{s.mean:.1f} ± {s.half_width:.1f}",
+            "" if s.ceiling is None else f"{s.ceiling:.1f}", _cite(s.source, sources),
+        ]
+        for s in scores
+    ]  # fmt: skip
+    return ["row", "seeds", "mean, percent", "highest possible", "source"], body
 
 
 def paper_tables(rows: Sequence[Row], sources: list[str]) -> list[tuple[str, Table]]:
@@ -122,7 +134,7 @@ def paper_tables(rows: Sequence[Row], sources: list[str]) -> list[tuple[str, Tab
         ours = _image(rows, form, side, "inference")
         cells = ["not measured"] * 3
         if ours is not None:
-            cells = [f"{ours.per_s:.2f}", bytes_text(ours.memory or 0), _cite(ours, sources)]
+            cells = [f"{ours.per_s:.2f}", bytes_text(ours.memory or 0), _cite(ours.source, sources)]
         lines.append([
             row["model"], row["context"] or "none", row["size"], row["regions_per_s"],
             f"{row['mem_gb']} GB", *cells,
@@ -148,7 +160,7 @@ def paper_tables(rows: Sequence[Row], sources: list[str]) -> list[tuple[str, Tab
             one, other = pair[0], pair[1]
             assert one.memory and other.memory and one.per_s and other.per_s
             cells = [f"{one.memory / other.memory:.1f}", f"{other.per_s / one.per_s:.1f}",
-                     f"{_cite(one, sources)} {_cite(other, sources)}"]  # fmt: skip
+                     f"{_cite(one.source, sources)} {_cite(other.source, sources)}"]  # fmt: skip
         lines.append([str(side), *theirs, *cells])
     head = ["side, px", "paper, memory", "paper, time", "ours, memory", "ours, time", "source"]
     title = (
@@ -167,11 +179,11 @@ def _image(rows: Sequence[Row], form: str, side: int, mode: str) -> Row | None:
     )  # fmt: skip
 
 
-def _cite(row: Row, sources: list[str]) -> str:
-    """`[3]`, the number of the source of a row, which enters the list here if it is new."""
-    if row.source not in sources:
-        sources.append(row.source)
-    return f"[{sources.index(row.source) + 1}]"
+def _cite(source: str, sources: list[str]) -> str:
+    """`[3]`, the number of the source of a number, which enters the list here if it is new."""
+    if source not in sources:
+        sources.append(source)
+    return f"[{sources.index(source) + 1}]"
 
 
 def verdict_table(old: Record, new: Record) -> tuple[Table, list[str]]:
@@ -216,6 +228,10 @@ def findings(records: Sequence[Record]) -> list[tuple[str, str, str]]:
                         sorted(rows, key=lambda r: r.variant), key=lambda r: r.variant
                     )
                 ]
+            elif op == ERRORS:
+                what = "least error over that of the published form: "
+                found.append((op, what + _least_errors(rows), record.command))
+                continue
             elif any(row.ratio for row in rows):
                 rows = [row for row in rows if row.ratio]
                 lines = [(op, f"time over that of {rows[0].first} ", rows, _ratio_value)]
@@ -242,6 +258,17 @@ def _along(rows: Sequence[Row], value: Callable[[Row], str]) -> str:
         )
         at = " / ".join(_number(axis, size) for size in sizes)
         parts.append(f"at {at} {_UNITS.get(axis, axis)}: {told}" if axis else told)
+    return "; ".join(parts)
+
+
+def _least_errors(rows: Sequence[Row]) -> str:
+    """`Gaussian 0.10 (lsh, mean, 256 + 256); photographs 0.71 (..)`."""
+    parts = []
+    for variant, group in groupby(rows, key=lambda r: r.variant):
+        members = list(group)
+        published = next(row.error for row in members if row.form == row.first)
+        best = min(members, key=lambda row: row.error or 0.0)
+        parts.append(f"{variant} {(best.error or 0.0) / (published or 1.0):.2f} ({best.form})")
     return "; ".join(parts)
 
 
@@ -296,6 +323,10 @@ def write_report(
         for title, file in pictures.get(op, []):
             parts.append(f"![{title}](plots/{file.name})\n")
         parts.append(_markdown(measured_table(ordered, sources)))
+    scores = [score for record in records for score in record.scores]
+    if scores:
+        parts.append("## Small tasks that need context\n")
+        parts.append(_markdown(score_table(scores, sources)))
     parts.append("## The paper beside it\n")
     parts.append(f"{_FIGURE_6}\n")
     for title, table in paper_tables(rows, sources):

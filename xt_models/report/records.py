@@ -13,6 +13,8 @@ SCHEMA = 1  # of bench/measure.py
 _AXES = ("length", "regions", "side", "chunks")
 _SCALING = "streaming, peak resident memory above the loaded model"
 _GRADIENT = "forward and backward over chunks, peak resident memory above the model"
+ERRORS = "hyper_attention, error at 512 keys a query"
+_STEP = "forward, loss and backward of one image; peak resident memory of it"
 
 
 class RecordError(ValueError):
@@ -27,6 +29,13 @@ class Spread:
     p20: float
     p80: float
     rounds: int
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        low = high = values[0]
+        if len(values) > 1:
+            low, *_, high = statistics.quantiles(values, n=5, method="inclusive")
+        return cls(statistics.median(values), low, high, len(values))
 
     @property
     def known(self) -> bool:
@@ -72,10 +81,25 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Score:
+    """How well the models of one row of a small task did: percent of each seed, their mean with its
+    95 % interval, and the highest that is possible without context, if that is proven.
+    """
+
+    row: str
+    seeds: list[float]
+    mean: float
+    half_width: float
+    ceiling: float | None
+    source: str
+
+
+@dataclass(frozen=True)
 class Record:
     """One file. machine: what it was measured on. absent: form -> why it could not be measured.
 
-    yardstick: seconds that one and the same work took in each bench of the run.
+    scores: of the small task that the record is of. yardstick: seconds that one and the same work
+    took in each bench of the run.
     """
 
     path: Path
@@ -83,6 +107,7 @@ class Record:
     command: str
     rows: list[Row] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
+    scores: list[Score] = field(default_factory=list)
     yardstick: list[float] = field(default_factory=list)
 
     @property
@@ -152,6 +177,12 @@ def read_record(path: Path) -> Record:
             return _from_scaling(path, data)
         if data.get("what") == _GRADIENT:
             return _from_gradient(path, data)
+        if data.get("what") == _STEP:
+            return _from_step(path, data)
+        if "seeds" in data and "shape" in data:
+            return _from_errors(path, data)
+        if "task" in data:
+            return _from_task(path, data)
     except (AttributeError, KeyError, TypeError) as error:
         message = f"{type(error).__name__}: {error}"
         raise RecordError(f"report: {path.name} is incomplete ({message}).") from None
@@ -246,4 +277,48 @@ def _from_gradient(path: Path, data: dict[str, Any]) -> Record:
             memory=row["rest"],
         )  # fmt: skip
         record.rows.append(shown)
+    return record
+
+
+def _from_step(path: Path, data: dict[str, Any]) -> Record:
+    record = Record(path, data, data["command"])
+    work = f"{data['encoder']}, regions of {data['region']} px"
+    first, peaks = "without context", data["peaks"]
+    forms = {"none": first, "context": "xl", "kept": "xl, nothing recomputed"}
+    for key, form in forms.items():
+        values = data.get("processor_seconds", {}).get(key)
+        if not values and key not in peaks:
+            continue
+        shown = Row(
+            "training step", work, "side", data["size"], form, first, f"{path.name}, {form}",
+            seconds=Spread.of(values) if values else None, memory=peaks.get(key),
+            ratio=Spread.of(data["ratios"]) if key == "context" and values else None,
+        )  # fmt: skip
+        record.rows.append(shown)
+    return record
+
+
+def _from_errors(path: Path, data: dict[str, Any]) -> Record:
+    record = Record(path, data["machine"], "python bench/hyper_error.py")
+    for row in data["rows"]:
+        ratio = None if row["form"] == "published" else Spread.of([row["time_ratio"]])
+        source = f"{path.name}, {row['input']}"
+        shown = Row(
+            ERRORS, row["input"], "length", data["shape"][2], row["form"], "published", source,
+            ratio=ratio, error=row["error"],
+        )  # fmt: skip
+        record.rows.append(shown)
+    return record
+
+
+def _from_task(path: Path, data: dict[str, Any]) -> Record:
+    command = f"xt train {data['task']} -o OUT"
+    record = Record(path, data["machine"] | data["versions"], command)
+    for name, row in data["rows"].items():
+        seeds = next(v for k, v in row.items() if isinstance(v, list) and k != "seconds")
+        shown = Score(
+            f"{data['task']}, {row['title']}", seeds, row["mean"], row["half_width_95"],
+            row["ceiling"], f"{path.name}, {name}",
+        )  # fmt: skip
+        record.scores.append(shown)
     return record
