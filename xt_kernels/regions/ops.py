@@ -8,6 +8,7 @@ for each call would stall it.
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -128,18 +129,10 @@ def extract_forward(
 
 @extract_forward.register_fake
 def _(
-    image: torch.Tensor,
-    gain: Sequence[float],
-    bias: Sequence[float],
-    regions: Sequence[int] | None,
-    height: int,
-    width: int,
-    side: int,
-    top: int,
-    left: int,
-    dtype: torch.dtype,
+    image: torch.Tensor, gain: Any, bias: Any, regions: Sequence[int] | None,
+    height: int, width: int, side: int, top: int, left: int, dtype: torch.dtype,
     channels_last: bool,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     grid = RegionGrid(height, width, side)
     count = grid.num_regions if regions is None else len(regions)
     return _new_regions(image, count, side, dtype, channels_last)
@@ -163,18 +156,7 @@ def extract_into(
 
 
 @extract_into.register_fake
-def _(
-    image: torch.Tensor,
-    out: torch.Tensor,
-    gain: Sequence[float],
-    bias: Sequence[float],
-    regions: Sequence[int] | None,
-    height: int,
-    width: int,
-    side: int,
-    top: int,
-    left: int,
-) -> None:
+def _(*arguments: Any) -> None:
     return None
 
 
@@ -241,19 +223,8 @@ def extract_backward(
 
 
 @extract_backward.register_fake
-def _(
-    grad: torch.Tensor,
-    gain: Sequence[float],
-    regions: Sequence[int] | None,
-    height: int,
-    width: int,
-    side: int,
-    top: int,
-    left: int,
-    window: Sequence[int],
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> torch.Tensor:
+def _(grad: torch.Tensor, *others: Any) -> torch.Tensor:
+    window, dtype, channels_last = others[-3:]
     return _new_image(grad, window, dtype, channels_last, None)
 
 
@@ -320,19 +291,8 @@ def stitch_forward(
 
 
 @stitch_forward.register_fake
-def _(
-    features: torch.Tensor,
-    regions: Sequence[int] | None,
-    chunk: Sequence[int] | None,
-    length: int,
-    height: int,
-    width: int,
-    side: int,
-    order: str,
-    position: bool,
-    dtype: torch.dtype,
-    partial: bool,
-) -> torch.Tensor:
+def _(features: torch.Tensor, regions: Any, chunk: Any, length: int, *others: Any) -> torch.Tensor:
+    dtype, partial = others[-2:]
     return _new_tokens(features, length, dtype, partial)
 
 
@@ -353,17 +313,7 @@ def stitch_into(
 
 
 @stitch_into.register_fake
-def _(
-    features: torch.Tensor,
-    out: torch.Tensor,
-    regions: Sequence[int] | None,
-    chunk: Sequence[int] | None,
-    height: int,
-    width: int,
-    side: int,
-    order: str,
-    position: bool,
-) -> None:
+def _(*arguments: Any) -> None:
     return None
 
 
@@ -423,19 +373,8 @@ def stitch_backward(
 
 
 @stitch_backward.register_fake
-def _(
-    grad: torch.Tensor,
-    regions: Sequence[int] | None,
-    chunk: Sequence[int] | None,
-    count: int,
-    height: int,
-    width: int,
-    side: int,
-    order: str,
-    tokens_a_side: int,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> torch.Tensor:
+def _(grad: torch.Tensor, regions: Any, chunk: Any, count: int, *others: Any) -> torch.Tensor:
+    tokens_a_side, dtype, channels_last = others[-3:]
     return _new_features(grad, count, tokens_a_side, dtype, channels_last)
 
 
