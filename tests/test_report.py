@@ -79,9 +79,8 @@ def test_pages(results, tmp_path):
     told = make_report(results, tmp_path / "out")
     assert told == [f"wrote {tmp_path}/out/report.md, {tmp_path}/out/report.html"]
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "time over that of ours at 1,024 / 4,096 tokens: forward, eager 2.50 / 1.50" in text
-    assert "xt xl 3.25 regions/s in 200 MiB / 3.25 regions/s in 200 MiB" in text
-    assert "naive, window grown 3.25 regions/s in 200 MiB / out of memory" in text
+    assert "| ours 1 ms / 4 ms; eager x 2.50 / x 1.50 |" in text
+    assert "2,048 px a side | xt xl 3.25 regions/s in 200 MiB; naive, window grown out of" in text
     assert "out of memory (20.00 GiB)" in text and "flash-attn: not installed" in text
     assert "2 cores of Test CPU, torch 2.15.0, commit 0123456" in text
     # Released by the authors; one row of it has its like among ours.
@@ -183,7 +182,7 @@ def test_scripts_and_gpu_runs_are_read(tmp_path):
     text = (tmp_path / "out" / "report.md").read_text()
     first = json.loads((committed / "memory_scaling_jpeg.json").read_text())["rows"][0]
     peak = f"stream {first['above_model'] / 2**20:.0f} MiB"
-    assert f"at 17 / 67 / 268 / 725 Mpx: convnext_atto, xl, jpeg, {peak}" in text
+    assert f"convnext_atto, xl, jpeg | 17 / 67 / 268 / 725 Mpx | {peak}" in text
 
 
 def test_readme_table(results, tmp_path):
@@ -194,7 +193,7 @@ def test_readme_table(results, tmp_path):
     write_readme(records, readme)
     once = readme.read_text()
     assert once.startswith(f"before\n{begin}") and once.endswith(f"{end}after\n")
-    assert "old" not in once and "eager 2.50 / 1.50" in once and "commit 0123456" in once
+    assert "old" not in once and "eager x 2.50 / x 1.50" in once and "commit 0123456" in once
     write_readme(records, readme)
     assert readme.read_text() == once
     readme.write_text("no marks")
@@ -227,7 +226,7 @@ def test_records_of_scripts(tmp_path):
     make_report(folder, tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| vessels, no context | 40.0, 39.0 | 39.5 ± 1.5 | 40.0 |" in text
-    assert "least error over that of the published form: Gaussian 0.25 (tile)" in text
+    assert "| published 1, at best; Gaussian 0.25 (tile) |" in text
     assert "| Gaussian | 1,024 tokens | lsh | 0.50 (0.50 to 0.50) | 6 |" in text
     assert "| 2,048 px a side | xl | 3.1 s (3.04 s to 3.16 s, n = 2) | 1.55" in text
     assert "nothing recomputed" not in text and "not shown" not in text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -21,6 +21,11 @@ README_MARKS = "<!-- made by xt report: begin -->\n", "<!-- made by xt report: e
 _FIGURE_6 = (
     "Figure 6 of the paper (A100, 80 GB): Swin-S on the whole image runs out of memory near "
     "2,800 px, xT stays nearly flat up to 3,000 px. Ours: the section on images above."
+)
+
+_IN_SHORT = (
+    "Times: that of the first form, the others as multiples of it. The last column names the "
+    "command and the machine, below the table."
 )
 
 Table = tuple[list[str], list[list[str]]]
@@ -215,76 +220,61 @@ def verdict_lines(old: Record, new: Record) -> list[str]:
 # What it comes to
 
 
-def findings(records: Sequence[Record]) -> list[tuple[str, str, str]]:
-    """(work, what was measured, command), a line for each op: the top of the page, the README."""
-    found = []
-    for record in records:
+def findings(records: Sequence[Record]) -> str:
+    """Markdown of a line for each piece of work: the top of the page, and the README's table."""
+    lines = []
+    told = []
+    for number, record in enumerate(records, 1):
+        name = f"r{number}"
+        if record.rows:
+            told.append(f"{name}: `{record.command}`, {record.where}")
         for op, group in groupby(sorted(record.rows, key=lambda r: r.op), key=lambda r: r.op):
             rows = list(group)
-            if op == "image":
-                lines = [
-                    ("whole images, " + variant, "", list(members), _image_value)
-                    for variant, members in groupby(
-                        sorted(rows, key=lambda r: r.variant), key=lambda r: r.variant
-                    )
-                ]
-            elif op == ERRORS:
-                what = "least error over that of the published form: "
-                found.append((op, what + _least_errors(rows), record.command))
+            if op == ERRORS:
+                lines.append([op, size_text(rows[0]), _least_errors(rows), name])
                 continue
-            elif any(row.ratio for row in rows):
-                rows = [row for row in rows if row.ratio]
-                lines = [(op, f"time over that of {rows[0].first} ", rows, _ratio_value)]
-            else:
-                lines = [(op, "peak above the model ", rows, _memory_value)]
-            for work, what, members, value in lines:
-                found.append((work, what + _along(members, value), record.command))
-    return found
+            apart = (lambda r: (r.variant, r.size)) if op == "image" else (lambda r: (r.variant,))
+            for (variant, *_), members in groupby(sorted(rows, key=apart), key=apart):
+                cells = _in_line(list(members))
+                lines.append([f"{op}, {variant}" if variant else op, *cells, name])
+    return f"{_markdown((['work', 'size', 'measured', 'by'], lines))}\n{_bullets(told)}"
 
 
-def _along(rows: Sequence[Row], value: Callable[[Row], str]) -> str:
-    """`at 1 / 16 regions: pixels, views 0.71 / 1.00; planes, views 0.52 / 1.13`."""
-    parts = []
-    for axis, group in groupby(sorted(rows, key=lambda r: r.axis), key=lambda r: r.axis):
-        members = list(group)
-        sizes = sorted({row.size for row in members})
-        cells: dict[str, dict[float, str]] = {}
-        for row in members:
-            name = row.form if row.op == "image" else f"{row.variant}, {row.form}"
-            cells.setdefault(name, {})[row.size] = value(row)
-        told = "; ".join(
-            f"{name} {' / '.join(line.get(size, '-') for size in sizes)}"
-            for name, line in cells.items()
-        )
-        at = " / ".join(_number(axis, size) for size in sizes)
-        parts.append(f"at {at} {_UNITS.get(axis, axis)}: {told}" if axis else told)
-    return "; ".join(parts)
+def _in_line(rows: Sequence[Row]) -> tuple[str, str]:
+    """`1 / 16 regions` and `ours 66 µs / 727 µs; views x 0.56 / x 0.96`."""
+    sizes = sorted({row.size for row in rows})
+    axis = rows[0].axis
+    cells: dict[str, dict[float, str]] = {}
+    for row in sorted(rows, key=lambda r: r.form != r.first):
+        cells.setdefault(row.form, {})[row.size] = _value(row)
+    told = [f"{form} {' / '.join(at.get(s, '-') for s in sizes)}" for form, at in cells.items()]
+    where = " / ".join(_number(axis, size) for size in sizes)
+    return f"{where} {_UNITS.get(axis, axis)}" if axis else "", "; ".join(told)
+
+
+def _value(row: Row) -> str:
+    """What matters most of a row."""
+    if row.outcome != "measured":
+        return row.outcome
+    if row.op == "image" and row.per_s and row.memory is not None:
+        return f"{row.per_s:.2f} {row.unit}/s in {bytes_text(row.memory)}"
+    if row.ratio:
+        error = f" (error {row.error:.2g})" if row.error else ""
+        return f"x {row.ratio.median:.2f}{error}"
+    if row.first and row.seconds:
+        return seconds_text(row.seconds.median)
+    return bytes_text(row.memory) if row.memory is not None else "-"
 
 
 def _least_errors(rows: Sequence[Row]) -> str:
-    """`Gaussian 0.10 (lsh, mean, 256 + 256); photographs 0.71 (..)`."""
-    parts = []
+    """`published 1; Gaussian 0.10 (lsh, mean, 256 + 256); photographs 0.71 (..)`."""
+    parts = [f"{rows[0].first} 1, at best"]
     for variant, group in groupby(rows, key=lambda r: r.variant):
         members = list(group)
         published = next(row.error for row in members if row.form == row.first)
         best = min(members, key=lambda row: row.error or 0.0)
         parts.append(f"{variant} {(best.error or 0.0) / (published or 1.0):.2f} ({best.form})")
     return "; ".join(parts)
-
-
-def _ratio_value(row: Row) -> str:
-    ratio = f"{row.ratio.median:.2f}" if row.ratio else "-"
-    return f"{ratio} (error {row.error:.2g})" if row.error else ratio
-
-
-def _memory_value(row: Row) -> str:
-    return bytes_text(row.memory) if row.memory is not None else "-"
-
-
-def _image_value(row: Row) -> str:
-    if row.per_s is None or row.memory is None:
-        return row.outcome
-    return f"{row.per_s:.2f} regions/s in {bytes_text(row.memory)}"
 
 
 # Pages
@@ -314,8 +304,8 @@ def write_report(
         parts.append(_markdown(table))
         parts.append(_bullets(alone))
     parts.append("## In short\n")
-    parts.append(_markdown((["work", "measured", "command"],
-                            [[a, b, f"`{c}`"] for a, b, c in findings(records)])))  # fmt: skip
+    parts.append(f"{_IN_SHORT}\n")
+    parts.append(findings(records))
     pictures = draw(records, out / "plots")
     for op, group in groupby(sorted(rows, key=lambda r: r.op), key=lambda r: r.op):
         parts.append(f"## {op}\n")
@@ -357,10 +347,7 @@ def write_readme(records: Sequence[Record], readme: Path) -> None:
     _, second, after = rest.partition(end)
     if not (first and second):
         raise RecordError(f"report: {readme} must hold the lines {begin.strip()} {end.strip()}.")
-    lines = [[work, measured, f"`{command}`"] for work, measured, command in findings(records)]
-    table = _markdown((["what", "measured", "command"], lines))
-    where = "; ".join(dict.fromkeys(record.where for record in records))
-    readme.write_text(f"{before}{begin}\n{where}.\n\n{table}\n{end}{after}")
+    readme.write_text(f"{before}{begin}\n{findings(records)}\n{end}{after}")
 
 
 def _markdown(table: Table) -> str:
