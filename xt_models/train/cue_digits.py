@@ -97,6 +97,13 @@ ROWS = {
     "mamba-through": Row(
         "Mamba, state, gradient through it", chunk=1, mixer="mamba", memory="through"
     ),
+    "mamba-through-each": Row(
+        "Mamba, gradient through its state, a loss on each chunk",
+        chunk=1,
+        mixer="mamba",
+        memory="through",
+        each=0.5,
+    ),
 }
 CEILING = "ceiling of a bag of regions, 43 %", 43.0
 
