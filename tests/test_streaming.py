@@ -24,6 +24,8 @@ import xt_models as xm
 from xt_models.host import available_memory, current_rss, free_disk, peak_rss, reset_peak_rss
 from xt_models.model import map_index
 from xt_models.planning import choose_batch_size, choose_precision
+from xt_models.profiling import Profile
+from xt_models.reading import Buffers
 from xt_models.source import SourceError
 from xt_models.streaming import stream_chunks
 
@@ -111,7 +113,7 @@ class _SlowSource:
         self._source, self._random, self._fail_at = source, random.Random(seed), fail_at
         self._lock, self.reads, self.open_reads, self.most = threading.Lock(), 0, 0, 0
 
-    def read(self, *window):
+    def read(self, *window, **options):
         with self._lock:
             self.reads += 1
             number = self.reads
@@ -123,7 +125,7 @@ class _SlowSource:
             self.open_reads -= 1
         if number == self._fail_at:
             raise SourceError("scene.tif: tile 7 of level 0 at byte 123 is corrupt.")
-        return self._source.read(*window)
+        return self._source.read(*window, **options)
 
     def __getattr__(self, name):
         return getattr(self._source, name)
@@ -353,6 +355,21 @@ def test_a_file_that_changes_while_it_is_read_stops_the_run(late, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_memory_of_windows_is_used_again_when_nobody_holds_it():
+    empty = Buffers()
+    window = empty((3, 40, 50), np.dtype(np.uint16))
+    assert window.shape == (3, 40, 50) and window.dtype == np.uint16 and window.flags.writeable
+    address = window.ctypes.data
+    held = [window.transpose(1, 2, 0)[3:5], torch.from_numpy(window[1:])]
+    del window
+    while held:
+        assert empty((3, 40, 50), np.dtype(np.uint16)).ctypes.data != address
+        held.pop()
+    again = empty((6000,), np.dtype(np.uint16))
+    assert again.ctypes.data == address
+    assert empty((0,), np.dtype(np.uint8)).size == 0
+
+
 def test_reading_ahead_is_bounded():
     model = small()
     source = _SlowSource(xm.open_image(scene(64, 64 * 40)))
@@ -533,7 +550,7 @@ class _Blank(type(xm.open_image(np.zeros((1, 1), np.uint8)))):
         self.height, self.width = height, width
         self.level_sizes = ((height, width),)
 
-    def _read(self, window, level):
+    def _read(self, window, level, empty):
         return np.full((1, *window[2:]), 7, np.uint8)
 
 
@@ -676,6 +693,73 @@ def test_a_device_that_runs_out_of_memory_gets_half_the_batch(monkeypatch):
     monkeypatch.setattr(model, "encode", no_device)
     with pytest.raises(torch.OutOfMemoryError):
         tokens_of(model, source, batch_size=12)
+
+
+def test_images_of_all_sizes_are_encoded_by_what_was_compiled_once(monkeypatch):
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr("xt_models.encoding.COMPILER", "aot_eager")
+    model, graphs = small(), []
+    for size in ((200, 330), (64, 64), (130, 500)):
+        source = xm.open_image(scene(*size))
+        plain = tokens_of(model, source, batch_size=4)
+        for _ in range(2):
+            compiled = tokens_of(model, source, batch_size=4, compile=True)
+            graphs.append(counters["stats"]["unique_graphs"])
+            for chunk, tokens in plain.items():
+                close(compiled[chunk], tokens)
+    assert len(set(graphs)) == 1 and graphs[0] > 0
+    assert not counters["graph_break"]
+
+
+def test_the_time_of_compiling_is_told_apart(monkeypatch):
+    def warm_up(encoder):
+        time.sleep(0.5)
+
+    monkeypatch.setattr("xt_models.encoding.BatchEncoder.warm_up", warm_up)
+    monkeypatch.setattr("xt_models.encoding._compiled_encode", lambda *_: xm.XT.encode)
+    monkeypatch.setattr("xt_models.planning.TRIAL_SECONDS", 0.2)
+    source, profile = xm.open_image(scene(64 * 10, 64 * 16)), Profile()
+    list(stream_chunks(small(), source, batch_size=4, compile=True, spans=profile))
+    profile.finish()
+    seconds = {name: each for name, each, _ in profile.table()}
+    assert seconds["compile"] >= 0.5 and profile.lengths("compile") == [seconds["compile"]]
+    assert profile.busy == (seconds["encode"] + seconds["context"]) / profile.wall
+    # Were it counted as work of the batches seen, 160 visits would take at least 20 s.
+    assert 0.5 < xm.plan(small(), source, batch_size=4, compile=True).seconds < 15
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_nothing_waits_for_the_gpu_between_batches(compile):
+    model, source = small().cuda().eval(), xm.open_image(scene(640, 960))
+    expected = tokens_of(model, source, compile=compile)  # and all is set up
+    for other in (scene(640, 960, seed=1), scene(640, 960)):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            ours = tokens_of(model, xm.open_image(other), compile=compile)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for chunk, tokens in expected.items():
+        assert torch.equal(ours[chunk], tokens)
+    with torch.inference_mode():
+        whole = model(torch.from_numpy(scene(640, 960)).permute(2, 0, 1).cuda())
+    embedding = xm.stream(model, source, compile=compile).embedding
+    np.testing.assert_allclose(embedding, whole.embedding[0].cpu().numpy(), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_memory_of_the_gpu_is_flat_and_foretold(tmp_path):
+    model, peaks = small(memory="kv").cuda(), []
+    for side in (640, 640, 2560):
+        torch.cuda.reset_peak_memory_stats()
+        source = xm.open_image(scene(side, side))
+        xm.stream(model, source, tmp_path / str(len(peaks)), preview=False, checkpoint_seconds=0)
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[2] < 1.1 * peaks[1]
+    plan = xm.plan(model, source)
+    base = torch.cuda.memory_allocated()
+    assert plan.memory == pytest.approx(peaks[2] - base, rel=0.15)
 
 
 def test_host_memory_is_measured():
