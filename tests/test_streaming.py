@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -355,6 +356,23 @@ def test_a_file_that_changes_while_it_is_read_stops_the_run(late, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_that_vanishes_or_is_cut_off_while_it_is_read(tmp_path):
+    path, removed = tmp_path / "scene.tif", tmp_path / "removed.tif"
+    for name in (path, removed):
+        tifffile.imwrite(name, scene(200, 330), tile=(64, 64), photometric="rgb")
+    expected = xm.stream(small(), path, batch_size=6).embedding
+    options = {"batch_size": 6, "readers": 1}
+    # Open files outlive their names.
+    result = xm.stream(small(), removed, progress=lambda _: removed.unlink(True), **options)
+    np.testing.assert_array_equal(result.embedding, expected)
+    with pytest.raises(
+        SourceError, match=r"scene.tif: expected .*, found (the end|one that chang)"
+    ):
+        xm.stream(small(), path, tmp_path / "out", progress=lambda _: os.truncate(path, 50_000),
+                  **options)  # fmt: skip
+    assert [p.name for p in tmp_path.iterdir()] == ["scene.tif"]
+
+
 def test_memory_of_windows_is_used_again_when_nobody_holds_it():
     empty = Buffers()
     window = empty((3, 40, 50), np.dtype(np.uint16))
@@ -575,20 +593,22 @@ def test_plan_works_out_long_sequences_from_two_short_ones(monkeypatch):
 
 @pytest.mark.parametrize("blank", [False, True])
 def test_plan_foretells_the_time(blank, monkeypatch):
-    """Encoder, context and reads that take known times: a batch 40 ms, a chunk 20 ms."""
+    """By a clock that only these move: a batch 40 ms, a chunk 20 ms, a region cut out 1 ms."""
     model = small(chunk_regions=8)
-    encode, mix = model.encode, model.mix
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    for module in ("planning", "profiling", "streaming"):
+        monkeypatch.setattr(f"xt_models.{module}.time", clock)
 
-    def slow_encode(*args, **options):
-        time.sleep(0.04)
-        return encode(*args, **options)
+    def takes(method, seconds):
+        def slow(*args, **options):
+            clock.now += seconds(*args)
+            return method(*args, **options)
 
-    def slow_mix(*args):
-        time.sleep(0.02)
-        return mix(*args)
+        monkeypatch.setattr(model, method.__name__, slow)
 
-    monkeypatch.setattr(model, "encode", slow_encode)
-    monkeypatch.setattr(model, "mix", slow_mix)
+    takes(model.encode, lambda *_: 0.04)
+    takes(model.mix, lambda *_: 0.02)
+    takes(model.extract, lambda pixels, grid, regions, *_: 0.001 * len(regions))
     monkeypatch.setattr("xt_models.planning.TRIAL_SECONDS", 0.5)
     pixels = scene(64 * 10, 64 * 16)
     if blank:
@@ -596,9 +616,11 @@ def test_plan_foretells_the_time(blank, monkeypatch):
     source = xm.open_image(pixels)
     plan = xm.plan(model, source, batch_size=4)
     assert plan.reused == pytest.approx(95 / 160 if blank else 0, abs=0.01)
+    assert clock.now < 1
     stats = xm.stream(model, source, batch_size=4).stats
     assert stats.reused == (95 if blank else 0)
-    assert plan.seconds == pytest.approx(stats.seconds, rel=0.3)
+    assert stats.seconds == pytest.approx(1.185 if blank else 2.16)
+    assert plan.seconds == pytest.approx(stats.seconds, rel=0.1), plan
 
 
 def test_plan_foretells_the_memory():
