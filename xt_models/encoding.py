@@ -96,9 +96,12 @@ class BatchEncoder:
 
     def warm_up(self) -> None:
         """Compiles, where that is asked for and was not done for this model and shape."""
-        if self._compiled:
-            for _ in range(3):  # on CUDA: compile, record the graph, replay it
+        warm = _WARM.setdefault(self._model, set())
+        if self._compiled and self._kind() not in warm:
+            # On CUDA: compile, record the graph, replay it.
+            for _ in range(3 if self.regions.is_cuda else 1):
                 self.encode()
+            warm.add(self._kind())
 
     def encode(self) -> Encoded:
         """What `XT.encode` gives of the buffer.
@@ -137,14 +140,18 @@ class BatchEncoder:
         # The next replay writes over what a graph returns, and features outlive their batch.
         return encode(self._model, regions, self._copy, stages=self._stages).map(torch.clone)
 
+    def _kind(self) -> object:
+        """What compiling and rounding depend on, besides the model."""
+        return (
+            self.rows, self.regions.shape, self.regions.dtype, self.regions.device,
+            torch.get_num_threads(), self._stages, self._compiled,
+        )  # fmt: skip
+
     def slots_agree(self) -> bool:
         """Whether a region's features do not depend on its slot, bit for bit. Encodes one batch the
         first time that it is asked for a model, shape, type and number of threads."""
         regions = self.regions[: self.rows]
-        key = (
-            regions.shape, regions.dtype, regions.device, torch.get_num_threads(), self._stages,
-            self._compiled,
-        )  # fmt: skip
+        key = self._kind()
         known = _AGREE.setdefault(self._model, {})
         if key not in known:
             noise = torch.Generator().manual_seed(0)
@@ -169,6 +176,7 @@ def rows_of_a_batch(visits: int, batch_size: int, compiled: bool) -> int:
     return batch_size if compiled else -(-visits // -(-visits // batch_size))
 
 
+_WARM: WeakKeyDictionary[XT, set[object]] = WeakKeyDictionary()
 _AGREE: WeakKeyDictionary[XT, dict[object, bool]] = WeakKeyDictionary()
 
 
