@@ -112,6 +112,7 @@ def main() -> None:
             if left:
                 raise SystemExit(f"round {rounds}: left over {left}")
             shutil.rmtree(out)
+            print(f"{kills} kills, {resumed} runs went on", file=sys.stderr, flush=True)
     print(
         f"{kills} kills in {rounds} runs, {resumed} of them went on from a checkpoint: "
         f"all outputs identical, no leftover file"

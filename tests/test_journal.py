@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +129,31 @@ def test_a_full_disk_at_any_sync_leaves_a_run_that_goes_on(tmp_path, monkeypatch
     assert failures > 8
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert verify(tmp_path / "out") == []
+
+
+def test_a_full_disk_at_any_write_leaves_a_run_that_goes_on(tmp_path):
+    """No file may grow beyond a limit, that of each size in turn which a whole run needs."""
+    model, source = small(), xm.open_image(scene(130, 200))
+    options = {"checkpoint_seconds": 0, "batch_size": 6}
+    xm.stream(model, source, tmp_path / "whole", **options)
+    with pytest.raises(Stopped):
+        xm.stream(model, source, tmp_path / "out", progress=stop_after(12), **options)
+    folders = tmp_path / "whole", tmp_path / "out.part"
+    sizes = {p.stat().st_size for f in folders for p in f.rglob("*") if p.is_file()}
+    shutil.rmtree(tmp_path / "out.part")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in sorted(sizes):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, before[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                xm.stream(model, source, tmp_path / "out", **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert not (tmp_path / "out").exists()
+    assert len(sizes) > 6
+    xm.stream(model, source, tmp_path / "out", **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
 
 
 def stopped(tmp_path, model=None, pixels=None, **options):

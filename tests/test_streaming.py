@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,9 +22,12 @@ import zarr
 from PIL import Image
 
 import xt_models as xm
+from xt_models.encoding import BatchEncoder
 from xt_models.host import available_memory, current_rss, free_disk, peak_rss, reset_peak_rss
 from xt_models.model import map_index
 from xt_models.planning import choose_batch_size, choose_precision
+from xt_models.profiling import Profile
+from xt_models.reading import Buffers
 from xt_models.source import SourceError
 from xt_models.streaming import stream_chunks
 
@@ -111,7 +115,7 @@ class _SlowSource:
         self._source, self._random, self._fail_at = source, random.Random(seed), fail_at
         self._lock, self.reads, self.open_reads, self.most = threading.Lock(), 0, 0, 0
 
-    def read(self, *window):
+    def read(self, *window, **options):
         with self._lock:
             self.reads += 1
             number = self.reads
@@ -123,7 +127,7 @@ class _SlowSource:
             self.open_reads -= 1
         if number == self._fail_at:
             raise SourceError("scene.tif: tile 7 of level 0 at byte 123 is corrupt.")
-        return self._source.read(*window)
+        return self._source.read(*window, **options)
 
     def __getattr__(self, name):
         return getattr(self._source, name)
@@ -353,6 +357,38 @@ def test_a_file_that_changes_while_it_is_read_stops_the_run(late, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_that_vanishes_or_is_cut_off_while_it_is_read(tmp_path):
+    path, removed = tmp_path / "scene.tif", tmp_path / "removed.tif"
+    for name in (path, removed):
+        tifffile.imwrite(name, scene(200, 330), tile=(64, 64), photometric="rgb")
+    expected = xm.stream(small(), path, batch_size=6).embedding
+    options = {"batch_size": 6, "readers": 1}
+    # Open files outlive their names.
+    result = xm.stream(small(), removed, progress=lambda _: removed.unlink(True), **options)
+    np.testing.assert_array_equal(result.embedding, expected)
+    with pytest.raises(
+        SourceError, match=r"scene.tif: expected .*, found (the end|one that chang)"
+    ):
+        xm.stream(small(), path, tmp_path / "out", progress=lambda _: os.truncate(path, 50_000),
+                  **options)  # fmt: skip
+    assert [p.name for p in tmp_path.iterdir()] == ["scene.tif"]
+
+
+def test_memory_of_windows_is_used_again_when_nobody_holds_it():
+    empty = Buffers()
+    window = empty((3, 40, 50), np.dtype(np.uint16))
+    assert window.shape == (3, 40, 50) and window.dtype == np.uint16 and window.flags.writeable
+    address = window.ctypes.data
+    held = [window.transpose(1, 2, 0)[3:5], torch.from_numpy(window[1:])]
+    del window
+    while held:
+        assert empty((3, 40, 50), np.dtype(np.uint16)).ctypes.data != address
+        held.pop()
+    again = empty((6000,), np.dtype(np.uint16))
+    assert again.ctypes.data == address
+    assert empty((0,), np.dtype(np.uint8)).size == 0
+
+
 def test_reading_ahead_is_bounded():
     model = small()
     source = _SlowSource(xm.open_image(scene(64, 64 * 40)))
@@ -533,7 +569,7 @@ class _Blank(type(xm.open_image(np.zeros((1, 1), np.uint8)))):
         self.height, self.width = height, width
         self.level_sizes = ((height, width),)
 
-    def _read(self, window, level):
+    def _read(self, window, level, empty):
         return np.full((1, *window[2:]), 7, np.uint8)
 
 
@@ -558,20 +594,22 @@ def test_plan_works_out_long_sequences_from_two_short_ones(monkeypatch):
 
 @pytest.mark.parametrize("blank", [False, True])
 def test_plan_foretells_the_time(blank, monkeypatch):
-    """Encoder, context and reads that take known times: a batch 40 ms, a chunk 20 ms."""
+    """By a clock that only these move: a batch 40 ms, a chunk 20 ms, a region cut out 1 ms."""
     model = small(chunk_regions=8)
-    encode, mix = model.encode, model.mix
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    for module in ("planning", "profiling", "streaming"):
+        monkeypatch.setattr(f"xt_models.{module}.time", clock)
 
-    def slow_encode(*args, **options):
-        time.sleep(0.04)
-        return encode(*args, **options)
+    def takes(method, seconds):
+        def slow(*args, **options):
+            clock.now += seconds(*args)
+            return method(*args, **options)
 
-    def slow_mix(*args):
-        time.sleep(0.02)
-        return mix(*args)
+        monkeypatch.setattr(model, method.__name__, slow)
 
-    monkeypatch.setattr(model, "encode", slow_encode)
-    monkeypatch.setattr(model, "mix", slow_mix)
+    takes(model.encode, lambda *_: 0.04)
+    takes(model.mix, lambda *_: 0.02)
+    takes(model.extract, lambda pixels, grid, regions, *_: 0.001 * len(regions))
     monkeypatch.setattr("xt_models.planning.TRIAL_SECONDS", 0.5)
     pixels = scene(64 * 10, 64 * 16)
     if blank:
@@ -579,9 +617,11 @@ def test_plan_foretells_the_time(blank, monkeypatch):
     source = xm.open_image(pixels)
     plan = xm.plan(model, source, batch_size=4)
     assert plan.reused == pytest.approx(95 / 160 if blank else 0, abs=0.01)
+    assert clock.now < 1
     stats = xm.stream(model, source, batch_size=4).stats
     assert stats.reused == (95 if blank else 0)
-    assert plan.seconds == pytest.approx(stats.seconds, rel=0.3)
+    assert stats.seconds == pytest.approx(1.185 if blank else 2.16)
+    assert plan.seconds == pytest.approx(stats.seconds, rel=0.1), plan
 
 
 def test_plan_foretells_the_memory():
@@ -676,6 +716,76 @@ def test_a_device_that_runs_out_of_memory_gets_half_the_batch(monkeypatch):
     monkeypatch.setattr(model, "encode", no_device)
     with pytest.raises(torch.OutOfMemoryError):
         tokens_of(model, source, batch_size=12)
+
+
+def test_images_of_all_sizes_are_encoded_by_what_was_compiled_once(monkeypatch):
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr("xt_models.encoding.COMPILER", "aot_eager")
+    model, graphs = small(), []
+    for size in ((200, 330), (64, 64), (130, 500)):
+        source = xm.open_image(scene(*size))
+        plain = tokens_of(model, source, batch_size=4)
+        for _ in range(2):
+            compiled = tokens_of(model, source, batch_size=4, compile=True)
+            graphs.append(counters["stats"]["unique_graphs"])
+            for chunk, tokens in plain.items():
+                close(compiled[chunk], tokens)
+    assert len(set(graphs)) == 1 and graphs[0] > 0
+    assert not counters["graph_break"]
+    again = BatchEncoder(model, 4, compiled=True)
+    monkeypatch.delattr(again.__class__, "encode")
+    again.warm_up()  # was done for the model and this shape
+
+
+def test_the_time_of_compiling_is_told_apart(monkeypatch):
+    def warm_up(encoder):
+        time.sleep(0.5)
+
+    monkeypatch.setattr("xt_models.encoding.BatchEncoder.warm_up", warm_up)
+    monkeypatch.setattr("xt_models.encoding._compiled_encode", lambda *_: xm.XT.encode)
+    monkeypatch.setattr("xt_models.planning.TRIAL_SECONDS", 0.2)
+    source, profile = xm.open_image(scene(64 * 10, 64 * 16)), Profile()
+    list(stream_chunks(small(), source, batch_size=4, compile=True, spans=profile))
+    profile.finish()
+    seconds = {name: each for name, each, _ in profile.table()}
+    assert seconds["compile"] >= 0.5 and profile.lengths("compile") == [seconds["compile"]]
+    assert profile.busy == (seconds["encode"] + seconds["context"]) / profile.wall
+    # Were it counted as work of the batches seen, 160 visits would take at least 20 s.
+    assert 0.5 < xm.plan(small(), source, batch_size=4, compile=True).seconds < 15
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_nothing_waits_for_the_gpu_between_batches(compile):
+    model, source = small().cuda().eval(), xm.open_image(scene(640, 960))
+    expected = tokens_of(model, source, compile=compile)  # and all is set up
+    for other in (scene(640, 960, seed=1), scene(640, 960)):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            ours = tokens_of(model, xm.open_image(other), compile=compile)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for chunk, tokens in expected.items():
+        assert torch.equal(ours[chunk], tokens)
+    with torch.inference_mode():
+        whole = model(torch.from_numpy(scene(640, 960)).permute(2, 0, 1).cuda())
+    embedding = xm.stream(model, source, compile=compile).embedding
+    np.testing.assert_allclose(embedding, whole.embedding[0].cpu().numpy(), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_memory_of_the_gpu_is_flat_and_foretold(tmp_path):
+    model, peaks = small(memory="kv").cuda(), []
+    for side in (640, 640, 2560):
+        torch.cuda.reset_peak_memory_stats()
+        source = xm.open_image(scene(side, side))
+        xm.stream(model, source, tmp_path / str(len(peaks)), compile=False, checkpoint_seconds=0)
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[2] < 1.1 * peaks[1]
+    plan = xm.plan(model, source, compile=False)
+    base = torch.cuda.memory_allocated()
+    assert plan.memory == pytest.approx(peaks[2] - base, rel=0.15)
 
 
 def test_host_memory_is_measured():

@@ -151,6 +151,8 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--precision", default="float32", show_default=True,
                          type=click.Choice(["float32", "bfloat16", "auto"]),
                          help="Of the region encoder; auto measures whether bfloat16 is faster."),
+            click.option("--compile/--no-compile", default=None,
+                         help="The region encoder under torch.compile; default is on a GPU only."),
             click.option("--batch-size", callback=_batch_size, default="16", show_default=True,
                          metavar="N|auto",
                          help="Regions encoded at once; auto measures which number is fastest."),
@@ -240,6 +242,7 @@ def embed(image: Path, out: Path, preview: bool, trace: Path | None, **options: 
     if profile is not None and trace is not None:
         click.echo("time went to")
         _table([(f"  {n}", f"{_seconds(s)}, {share:.1%}") for n, s, share in profile.table()])
+        click.echo(f"busy {profile.busy:.1%}: encode and context, of the run's time by the clock")
         profile.write_trace(trace)
         click.echo(f"wrote {trace}")
     files = "tokens.zarr, embedding.json, run.json" + ", preview.png" * preview
@@ -247,8 +250,10 @@ def embed(image: Path, out: Path, preview: bool, trace: Path | None, **options: 
 
 
 def _embed_many(where: Path, out: Path, options: dict[str, Any], preview: bool) -> None:
+    from .host import current_rss
     from .journal import model_identity
     from .manifest import MANIFEST, Image, embed_many, list_images, open_manifest
+    from .streaming import is_compiled
 
     images = list_images(where)
     with open_manifest(out) as manifest:
@@ -262,6 +267,9 @@ def _embed_many(where: Path, out: Path, options: dict[str, Any], preview: bool) 
                     _measure_options(model, source, known and known["settings"], options)
                     settings = {"preview": preview, **_stream_options(options)}
                     settings |= {name: options[name] for name in ("fill", "drop", "precision")}
+                    settings["compile"] = is_compiled(
+                        next(model.parameters()).device, options["compile"]
+                    )
                     try:
                         del settings["readers"]
                         manifest.begin(model_identity(model, settings))
@@ -270,14 +278,23 @@ def _embed_many(where: Path, out: Path, options: dict[str, Any], preview: bool) 
                     models.append(model)
                 _run(models[0], source, folder, options, preview=preview, heads=False)
 
+        sizes: list[int] = []
+
         def tell(image: Image, how: str) -> None:
             click.echo(f"{image.name}: {how}")
+            sizes.append(current_rss())
 
         counts = embed_many(images, manifest, embed_one, tell)
     click.echo(
         f"{counts['done']} done, {counts['before']} done before, {counts['failed']} failed of "
         f"{len(images)}; wrote {out / MANIFEST}"
     )
+    # The caches of a run take a few images to fill.
+    later = sizes[len(sizes) // 4 :]
+    if later:
+        click.echo(
+            f"memory {_bytes(later[0])} after a quarter of them, {_bytes(max(later))} at most"
+        )
     if counts["failed"]:
         raise click.ClickException(
             f"{counts['failed']} of {len(images)} images failed; {out / MANIFEST} says why."
@@ -417,8 +434,8 @@ _DEMO_OPTIONS: dict[str, Any] = {
     "encoder": "convnext_atto", "context": "xl", "model_dir": None, "pretrained": False,
     "region": None, "chunk_regions": None, "memory_chunks": None, "tiling": None,
     "mean": None, "std": None, "seed": 0, "device": "auto", "batch_size": 16, "memory": None,
-    "precision": "float32", "readers": 2, "bands": None, "fill": None, "reuse": True, "drop": None,
-    "on_bad_tile": "stop",
+    "precision": "float32", "compile": None, "readers": 2, "bands": None, "fill": None,
+    "reuse": True, "drop": None, "on_bad_tile": "stop",
 }  # fmt: skip
 
 
@@ -875,8 +892,7 @@ def _plan(model: XT, source: ImageSource, out: Path, options: dict[str, Any]) ->
     from .planning import plan
 
     _measure_options(model, source, None, options)
-    more = {name: options[name] for name in ("fill", "reuse", "drop")}
-    more["precision"] = options["precision"]
+    more = {name: options[name] for name in ("fill", "reuse", "drop", "precision", "compile")}
     return plan(model, source, out=out, **more, **_stream_options(options))
 
 
@@ -900,6 +916,7 @@ def _run(
             reuse=options["reuse"],
             drop=options["drop"],
             precision=options["precision"],
+            compile=options["compile"],
             on_bad_tile=options["on_bad_tile"],
             progress=bar.update,
             **more,

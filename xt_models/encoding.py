@@ -10,8 +10,9 @@ differ, nothing is reused.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import lru_cache
 from operator import itemgetter
 from weakref import WeakKeyDictionary
 
@@ -20,6 +21,9 @@ import torch
 
 from .model import XT, Encoded
 from .reading import Key, Pixels, same_bytes
+
+COMPILER = "inductor"
+"""Backend of torch.compile."""
 
 CACHE_BYTES = 16 << 20
 """Pixels and features kept of regions seen lately, in case they come again; and as much once more
@@ -65,7 +69,7 @@ class BatchEncoder:
     regions: the buffer `[batch_size, C, s, s]` to fill. encode() may be called when only its first
     rows are new; the others hold older regions, or zeros. rows: how many are encoded at once.
     precision: dtype of the region encoder; what follows it keeps the model's. stages: of
-    `model.encode`.
+    `model.encode`. compiled: under torch.compile, on CUDA with CUDA graphs; `warm_up` compiles.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class BatchEncoder:
         batch_size: int,
         precision: torch.dtype | None = None,
         stages: bool = False,
+        compiled: bool = False,
     ) -> None:
         parameter = next(model.parameters())
         precision = precision or parameter.dtype
@@ -82,12 +87,21 @@ class BatchEncoder:
         if precision != parameter.dtype:
             self._copy = deepcopy(model.region_encoder).to(precision)
         side = model.config.region
-        self._model, self._stages = model, stages
+        self._model, self._stages, self._compiled = model, stages, compiled
         self.rows = batch_size
         self.regions = torch.zeros(
             batch_size, model.config.in_chans, side, side,
             device=parameter.device, dtype=precision,
         )  # fmt: skip
+
+    def warm_up(self) -> None:
+        """Compiles, where that is asked for and was not done for this model and shape."""
+        warm = _WARM.setdefault(self._model, set())
+        if self._compiled and self._kind() not in warm:
+            # On CUDA: compile, record the graph, replay it.
+            for _ in range(3 if self.regions.is_cuda else 1):
+                self.encode()
+            warm.add(self._kind())
 
     def encode(self) -> Encoded:
         """What `XT.encode` gives of the buffer.
@@ -117,15 +131,27 @@ class BatchEncoder:
             yield batch.map(itemgetter(slice(start - begin, None)))
 
     def _encode(self, regions: torch.Tensor) -> Encoded:
-        return self._model.encode(regions, self._copy, stages=self._stages)
+        if not self._compiled:
+            return self._model.encode(regions, self._copy, stages=self._stages)
+        encode = _compiled_encode(COMPILER, regions.is_cuda)
+        if not regions.is_cuda:
+            return encode(self._model, regions, self._copy, stages=self._stages)
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        # The next replay writes over what a graph returns, and features outlive their batch.
+        return encode(self._model, regions, self._copy, stages=self._stages).map(torch.clone)
+
+    def _kind(self) -> object:
+        """What compiling and rounding depend on, besides the model."""
+        return (
+            self.rows, self.regions.shape, self.regions.dtype, self.regions.device,
+            torch.get_num_threads(), self._stages, self._compiled,
+        )  # fmt: skip
 
     def slots_agree(self) -> bool:
         """Whether a region's features do not depend on its slot, bit for bit. Encodes one batch the
         first time that it is asked for a model, shape, type and number of threads."""
         regions = self.regions[: self.rows]
-        key = (
-            regions.shape, regions.dtype, regions.device, torch.get_num_threads(), self._stages
-        )  # fmt: skip
+        key = self._kind()
         known = _AGREE.setdefault(self._model, {})
         if key not in known:
             noise = torch.Generator().manual_seed(0)
@@ -136,6 +162,21 @@ class BatchEncoder:
         return known[key]
 
 
+@lru_cache
+def _compiled_encode(backend: str, is_cuda: bool) -> Callable[..., Encoded]:
+    """`XT.encode`, compiled once for each kind of model and shape of batch."""
+    mode = "reduce-overhead" if is_cuda and backend == "inductor" else None
+    return torch.compile(XT.encode, dynamic=False, backend=backend, mode=mode)
+
+
+def rows_of_a_batch(visits: int, batch_size: int, compiled: bool) -> int:
+    """Regions a batch, at most `batch_size`, as even as can be: 17 regions in batches of up to 16
+    are two of 9, not one full and one of 1. Where the encoder is compiled for one shape, images of
+    every size have it."""
+    return batch_size if compiled else -(-visits // -(-visits // batch_size))
+
+
+_WARM: WeakKeyDictionary[XT, set[object]] = WeakKeyDictionary()
 _AGREE: WeakKeyDictionary[XT, dict[object, bool]] = WeakKeyDictionary()
 
 

@@ -72,12 +72,15 @@ def check_output(out: str | Path) -> Path:
 
 
 class WriteBehind:
-    """Runs calls in order on one thread, at most `depth` behind, on the CUDA stream that is current
-    here. A call that failed raises in the next `submit`, or in `wait`; nothing runs after it."""
+    """Runs calls in order on one thread, at most `depth` behind; on CUDA on a stream of its own,
+    each after what was queued before it. Nobody may write over what a call reads, and it must be on
+    the CPU when the call ends. A call that failed raises in the next `submit`, or in `wait`;
+    nothing runs after it.
+    """
 
     def __init__(self, device: torch.device, depth: int = 4) -> None:
         is_cuda = device.type == "cuda"
-        self._stream = torch.cuda.current_stream(device) if is_cuda else None
+        self._stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="xt-writer")
         self._queue: deque[Future[None]] = deque()
         self._depth = depth
@@ -86,10 +89,15 @@ class WriteBehind:
         """Queues `job(*args)`; waits while the queue is full."""
         while len(self._queue) > self._depth or (self._queue and self._queue[0].done()):
             self._queue.popleft().result()
-        self._queue.append(self._pool.submit(self._run, job, *args))
+        now = None
+        if self._stream is not None:
+            now = torch.cuda.current_stream(self._stream.device).record_event()
+        self._queue.append(self._pool.submit(self._run, now, job, *args))
 
-    def _run(self, job: Callable[..., None], *args: Any) -> None:
+    def _run(self, after: torch.cuda.Event | None, job: Callable[..., None], *args: Any) -> None:
         with torch.cuda.stream(self._stream):  # nothing where there is none
+            if self._stream is not None and after is not None:
+                self._stream.wait_event(after)
             job(*args)
 
     def wait(self) -> None:
@@ -393,7 +401,9 @@ def write_preview(
     ).astype(np.float64)
     sample = sample[np.isfinite(sample[:, 0])]
     mean = sample.mean(0) if len(sample) else np.zeros(channels)
-    vectors = np.linalg.eigh((sample - mean).T @ (sample - mean)).eigenvectors
+    with _one_thread():
+        covariance = torch.from_numpy((sample - mean).T @ (sample - mean))
+        vectors = torch.linalg.eigh(covariance).eigenvectors.numpy()
     axes = vectors[:, ::-1][:, :3]
     # An eigenvector has no sign of its own: the largest entry is made positive.
     axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])
@@ -413,6 +423,18 @@ def write_preview(
     )
     gap = np.full((left.shape[0], 8, 3), 255, dtype=np.uint8)
     Image.fromarray(np.concatenate([left, gap, right], axis=1)).save(path)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """LAPACK's threads meet thousands of times: beside another process (two cores, AMD EPYC, Zen 5)
+    the eigenvectors of 768 x 768 take two threads 10 s and one 0.1 s."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 FIELD_DECADES = 8

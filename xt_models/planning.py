@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .context_encoder import Memory
-from .encoding import BatchEncoder
+from .encoding import BatchEncoder, rows_of_a_batch
 from .host import available_memory, current_rss, free_disk, peak_rss, reset_peak_rss
 from .mamba import MambaContextEncoder
 from .model import XT
@@ -24,7 +24,7 @@ from .output import PREVIEW_SIDE, REGIONS_PER_BLOCK
 from .profiling import Profile
 from .reading import Key, LeftOut, Reader
 from .source import ImageSource
-from .streaming import Precision, Visit, check_bands, drop_value, stream_chunks
+from .streaming import Precision, Visit, check_bands, drop_value, is_compiled, stream_chunks
 
 PROBE_TOKENS = 1024
 """Longest sequence that the probe of a context encoder runs; longer ones are worked out."""
@@ -81,6 +81,7 @@ def plan(
     reuse: bool = True,
     drop: Any = None,
     precision: Precision | None = None,
+    compile: bool | None = None,
     out: str | Path = ".",
 ) -> Plan:
     """Tells what `stream` with the same arguments will take; takes a few seconds itself.
@@ -98,7 +99,7 @@ def plan(
     dtype = next(model.parameters()).dtype
 
     options: dict[str, Any] = {"bands": bands, "fill": fill, "reuse": reuse, "drop": drop}
-    options["precision"] = precision
+    options |= {"precision": precision, "compile": compile}
     reused = 0.0
     if reuse or drop is not None:
         chosen = None if bands is None else list(bands)
@@ -213,7 +214,8 @@ class _Trial:
         grid = model.grid(source.height, source.width)
         steps = model.walk(grid)
         order = sum(len(step.regions) for step in steps)
-        self.batch_size = -(-order // -(-order // batch_size))
+        compiled = is_compiled(device, options["compile"])
+        self.batch_size = rows_of_a_batch(order, batch_size, compiled)
         whole = model.config.chunk_regions is None
         wanted = 64 if whole else 2 * len(steps[0].regions)
         profile = Profile(device)
@@ -221,7 +223,7 @@ class _Trial:
         visits = 0
 
         def mark(batches: int) -> None:
-            now = time.perf_counter() - start
+            now = time.perf_counter() - start - profile.seconds["compile"]
             before = marks[-1][1] if marks else 0
             marks.append((now, before + batches, visits))
             enough = now > TRIAL_SECONDS and len(marks) > 2 and visits >= wanted
@@ -268,6 +270,7 @@ class _Trial:
         self.warm_up = max(
             steady[0] - steady[1] * self.encode_seconds - steady[2] * self.visit_seconds, 0.0
         )
+        self.warm_up += profile.seconds["compile"]
 
 
 def _equal_share(reader: Reader) -> float:

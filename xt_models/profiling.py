@@ -23,7 +23,8 @@ MAX_EVENTS = 200_000
 NAMES = ("read", "decode", "copy", "encode", "stitch", "context", "write", "idle")
 """read: fetching bytes and cutting windows out. decode: of tiles. copy: pixels into the batch, to a
 device and normalised. encode, stitch, context: the model. write: results. idle: the main thread
-waits for a reader or the writer."""
+waits for a reader or the writer. Others where there are any: compile, of the region encoder; heads.
+"""
 
 
 class Spans(Protocol):
@@ -76,9 +77,15 @@ class Profile:
         self.wall = time.perf_counter() - self._start
 
     def table(self) -> list[tuple[str, float, float]]:
-        """(name, seconds, share of the run) in the order of `NAMES`. Readers and the writer work
-        beside the main thread, so shares may add up to more than 1."""
-        return [(name, self.seconds[name], self.seconds[name] / self.wall) for name in NAMES]
+        """(name, seconds, share of the run) in the order of `NAMES`, then others that came up.
+        Readers and the writer work beside the main thread, so shares may add up to more than 1."""
+        names = [*NAMES, *(name for name in self.seconds if name not in NAMES)]
+        return [(name, self.seconds[name], self.seconds[name] / self.wall) for name in names]
+
+    @property
+    def busy(self) -> float:
+        """Share of the run that the region encoder and the context encoder were at work."""
+        return (self.seconds["encode"] + self.seconds["context"]) / self.wall
 
     def lengths(self, name: str) -> list[float]:
         """Seconds of each span of a name, in order."""

@@ -3,11 +3,11 @@
 Reader threads fetch the windows of the next batches; the main thread cuts them into regions,
 encodes full batches of regions that are new, stitches features into the token buffer of their
 chunk in visiting order, and runs the context encoder when the chunk is complete; a writer thread
-takes results to the CPU and to the disk. On CUDA the main thread only queues work, and waits for
-the device where the writer is too far behind. Live at any time:
-the windows of `readers + 2` batches, one batch of activations, the regions kept for reuse, the
-buffer of one chunk, and the memory of the context encoder. None of them depends on the size of the
-image.
+takes results to the CPU and to the disk. On CUDA the main thread only queues work: copies on a
+stream of their own, results on another, all else on the current one; it waits where the device or
+the writer is too far behind. Live at any time: the windows of `readers + 2` batches, one batch of
+activations, the regions kept for reuse, the buffer of one chunk, and the memory of the context
+encoder. None of them depends on the size of the image.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import asdict, dataclass
-from io import BytesIO
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,7 +29,7 @@ import torch
 from xt_kernels.regions import RegionGrid
 
 from .context_encoder import Memory
-from .encoding import BatchEncoder, Features, Seen
+from .encoding import BatchEncoder, Features, Seen, rows_of_a_batch
 from .grid import Step
 from .group_walk import Piece
 from .heads.boxes import BoxHead
@@ -41,10 +41,14 @@ from .model import XT, Encoded
 from .output import Thumbnail, TokenMapWriter, WriteBehind, write_embedding, write_preview
 from .predictions import HeadOutputs, MapFormat, Maps, read_boxes, read_points
 from .profiling import Profile, Spans, no_spans
-from .reading import Key, LeftOut, ReadAhead, Reader, Window, region_pixels
+from .reading import Buffers, Key, LeftOut, ReadAhead, Reader, Window, region_pixels
 from .source import ImageSource, SourceError, open_image
 
 Precision = Literal["float32", "bfloat16", "float16"]
+
+BATCHES_QUEUED = 2
+"""Batches that a CUDA device may have to do beside the one that was queued last: it never runs dry,
+and what waits for it is bounded."""
 
 MAX_WAITING = 1024
 """Visits that may wait for a batch to fill. They hold no memory of their own: what stands behind
@@ -132,6 +136,7 @@ def stream_chunks(
     drop: float | Literal["nodata"] | None = None,
     on_bad_tile: Literal["stop", "mask"] = "stop",
     precision: Precision | None = None,
+    compile: bool | None = None,
     stages: bool = False,
     on_regions: Callable[[Sequence[int], torch.Tensor], None] | None = None,
     on_visits: Callable[[Sequence[Visit]], None] | None = None,
@@ -151,6 +156,9 @@ def stream_chunks(
     on_bad_tile: "stop" raises for a tile that does not decode; "mask" leaves out its regions.
     precision: of the region encoder; the context encoder, which is a small part of the work, keeps
         the model's. None is the model's for both.
+    compile: run the region encoder under torch.compile; None is on CUDA only, where graphs replay
+        it. Compiled once for all images: every batch then has `batch_size` regions. The context
+        encoder is not compiled: the lengths of its sequences change with the image.
     stages: give the earlier stages that heads use.
     on_regions: called with region numbers and normalised regions `[R, C, s, s]` of each batch, a
         buffer that the next batch fills again. Regions that are reused are not among them.
@@ -169,26 +177,36 @@ def stream_chunks(
     grid = model.grid(source.height, source.width)
     steps = model.walk(grid)
     order = [region for step in steps for region in step.regions]
-    # As even as can be: 17 regions in batches of up to 16 are two of 9, not one full and one of 1.
-    batch_size = -(-len(order) // -(-len(order) // batch_size))
+    device = next(model.parameters()).device
+    compiled = is_compiled(device, compile)
+    batch_size = rows_of_a_batch(len(order), batch_size, compiled)
     # Batches stay those of the whole walk: no region changes its slot for where the walk starts.
     first = sum(len(step.regions) for step in steps[:start]) // batch_size * batch_size
     batches = [order[i : i + batch_size] for i in range(first, len(order), batch_size)]
     if on_bad_tile not in ("stop", "mask"):
         raise ValueError(f"stream: on_bad_tile must be 'stop' or 'mask', got {on_bad_tile!r}.")
     dropped, mask = drop_value(source, drop), on_bad_tile == "mask"
-    device = next(model.parameters()).device
-    reader = Reader(source, grid, chosen, fill, reuse, dropped, mask, pin=device.type == "cuda")
-    encoder = BatchEncoder(model, batch_size, precision and getattr(torch, precision), stages)
+    is_cuda = device.type == "cuda"
+    reader = Reader(source, grid, chosen, fill, reuse, dropped, mask, is_cuda, Buffers())
+    dtype = precision and getattr(torch, precision)
+    encoder = BatchEncoder(model, batch_size, dtype, stages, compiled)
     walk = _Walk(model, source, grid, steps, encoder, on_regions, on_visits, spans)
     walk.begin([k for k, step in enumerate(steps) for _ in step.regions][first:], start, memory)
     with torch.inference_mode(), ReadAhead(reader.read, batches, readers) as results:
+        if compiled:
+            with spans("compile"):
+                encoder.warm_up()
         for _ in batches:
             with spans("idle"):
                 windows = next(results)
             for window in windows:
                 yield from walk.take(window)
         yield from walk.finish()
+
+
+def is_compiled(device: torch.device, compile: bool | None) -> bool:
+    """What `compile` means on a device."""
+    return device.type == "cuda" if compile is None else compile
 
 
 class _Waiting(NamedTuple):
@@ -229,6 +247,9 @@ class _Walk:
             side = grid.region // model.region_encoder.strides[i]
             floats += side**2 * model.region_encoder.channels[i]
         self._seen = Seen(pixels + floats * encoder.regions.element_size())
+        device = encoder.regions.device
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._queued: deque[torch.cuda.Event] = deque()
         self._batch: list[Features] = []
         self._waiting: deque[_Waiting] = deque()
         self._chunk: _Chunk | None = None
@@ -283,8 +304,20 @@ class _Walk:
         buffer, end = self._encoder.regions, len(self._batch)
         part = buffer[end - len(regions) : end]
         with self._spans("copy"):
-            pixels = window.pixels.to(buffer.device, non_blocking=True)
+            pixels = self._on_device(window.pixels)
             self._model.extract(pixels, self._grid, regions, window.origin, out=part)
+
+    def _on_device(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels on the model's device; on CUDA copied beside what is computed."""
+        device = self._encoder.regions.device
+        if self._copies is None:
+            return pixels.to(device)
+        with torch.cuda.stream(self._copies):
+            pixels = pixels.to(device, non_blocking=True)
+        computing = torch.cuda.current_stream(device)
+        computing.wait_stream(self._copies)
+        pixels.record_stream(computing)
+        return pixels
 
     def _encode(self) -> None:
         if not self._batch:
@@ -297,6 +330,10 @@ class _Walk:
         for index, features in enumerate(self._batch):
             features.settle(batch, index)
         self._batch.clear()
+        if self._copies is not None:
+            self._queued.append(torch.cuda.current_stream(self._copies.device).record_event())
+            if len(self._queued) > BATCHES_QUEUED:
+                self._queued.popleft().synchronize()
 
     def _done(self) -> Iterator[ChunkTokens]:
         """Stitches the visits that are ready, in the order of the walk."""
@@ -436,6 +473,7 @@ def stream(
     drop: float | Literal["nodata"] | None = None,
     on_bad_tile: Literal["stop", "mask"] = "stop",
     precision: Precision | None = None,
+    compile: bool | None = None,
     tokens: bool = True,
     preview: bool = True,
     heads: bool = True,
@@ -475,6 +513,7 @@ def stream(
         "fill": fill,
         "drop": drop,
         "precision": precision,
+        "compile": is_compiled(next(model.parameters()).device, compile),
     }
     try:
         check_bands(model, opened, bands)
@@ -656,14 +695,15 @@ class _Streamed:
                 if self._run is not None and time.perf_counter() - saved >= checkpoint_seconds:
                     count()
                     with self._spans("idle"):
-                        writer.submit(self._checkpoint, _copy(state))
+                        writer.submit(self._checkpoint, deepcopy(state))
                     saved = time.perf_counter()
             count()
             if self._run is not None:
-                writer.submit(self._checkpoint, _copy(state))
+                writer.submit(self._checkpoint, deepcopy(state))
             writer.wait()
         self._source.check_unchanged()
-        self._finish(base)
+        with self._spans("write"):
+            self._finish(base)
 
     def _write(self, chunk: ChunkTokens, pieces: list[Piece]) -> None:
         with self._spans("write"):
@@ -733,15 +773,6 @@ class _Streamed:
             write_preview(files[-1], part / "tokens.zarr", self._thumbnail, model, self._source)
         left_out = {str(region): why for region, why in sorted(state["left_out"].items())}
         self._run.finish({"stats": asdict(self.stats), "left_out": left_out}, files)
-
-
-def _copy(state: dict[str, Any]) -> dict[str, Any]:
-    """The state as it is now, on the CPU: memory may be written over in the next chunk."""
-    buffer = BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    copied: dict[str, Any] = torch.load(buffer, weights_only=True, map_location="cpu")
-    return copied
 
 
 def drop_value(source: ImageSource, drop: float | str | None) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import DTYPES, MAX_SEGMENT_BYTES, Array, ImageSource, SourceError, Window, expect
+from .base import DTYPES, MAX_SEGMENT_BYTES, Array, Empty, ImageSource, SourceError, Window, expect
 from .files import FileSource, bands_first, read_rows
 
 
@@ -82,7 +82,7 @@ class ArraySource(ImageSource):
         expect(alike, name, "levels of the same bands and data type", "others")
         self.block = _dims_size(dims, chunks)[1:] if chunks else (1, self.width)
 
-    def _read(self, window: Window, level: int) -> Array:
+    def _read(self, window: Window, level: int, empty: Empty) -> Array:
         top, left, height, width = window
         part = {"y": slice(top, top + height), "x": slice(left, left + width), "c": slice(None)}
         index = tuple(part.get(dim, 0) for dim in self._dims)
@@ -90,11 +90,13 @@ class ArraySource(ImageSource):
         kept = "".join(dim for dim in self._dims if dim in part)
         if "c" not in kept:
             pixels, kept = pixels[None], "c" + kept
-        pixels = pixels.transpose([kept.index(dim) for dim in "cyx"])
         self._count(pixels.nbytes)
+        out = empty(pixels.shape, self.dtype)
         if pixels.dtype.kind == "b":
-            return pixels * np.uint8(255)
-        return pixels.astype(self.dtype, order="K")
+            np.multiply(pixels, np.uint8(255), out=out)
+        else:
+            np.copyto(out, pixels)
+        return out.transpose([kept.index(dim) for dim in "cyx"])
 
     def close(self) -> None:
         super().close()
@@ -159,7 +161,7 @@ class NpySource(FileSource):
         self.metadata = {"format": "npy", "compression": "none"}
         self._layout = (bands, width, 1) if dims == "cyx" else (1, width, bands)
 
-    def _read(self, window: Window, level: int) -> Array:
+    def _read(self, window: Window, level: int, empty: Empty) -> Array:
         self._file.check_unchanged()
         row_bytes = self._layout[1] * self._layout[2] * self._stored.itemsize
 
@@ -169,7 +171,7 @@ class NpySource(FileSource):
         # A byte of a damaged bool array may be neither 0 nor 1.
         is_bool = self._stored.kind == "b"
         dtype = np.dtype(np.uint8) if is_bool else self._stored
-        out = bands_first(read_rows(self._file, place, self._layout, dtype, window))
+        out = bands_first(read_rows(self._file, place, self._layout, dtype, window, empty))
         if is_bool:
             return np.where(out != 0, np.uint8(255), np.uint8(0))
         return out.astype(self.dtype, copy=False)

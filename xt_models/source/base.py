@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import index as as_int
 from typing import Any, Self
 
@@ -14,6 +14,9 @@ from ..profiling import Spans, no_spans
 
 Array = np.ndarray[Any, Any]
 Window = tuple[int, int, int, int]  # top, left, height, width in pixels of a level
+Empty = Callable[
+    [tuple[int, ...], np.dtype[Any]], Array
+]  # np.empty, or what gives memory as it does
 
 # A file may ask for this much and no more. Decoded bytes of one tile, strip or chunk:
 MAX_SEGMENT_BYTES = 512 << 20
@@ -83,13 +86,24 @@ class ImageSource(ABC):
         self._bytes_read = 0
         self._lock = threading.Lock()
 
-    def read(self, top: int, left: int, height: int, width: int, level: int = 0) -> Array:
+    def read(
+        self,
+        top: int,
+        left: int,
+        height: int,
+        width: int,
+        level: int = 0,
+        *,
+        empty: Empty = np.empty,
+    ) -> Array:
         """Pixels of one window, `[bands, height, width]`, native dtype, not always contiguous.
 
         Args:
             top, left: first row and column, in pixels of `level`.
             height, width: size of the window in pixels; it must lie inside the image.
             level: pyramid level, 0 is the full size.
+            empty: called as `np.empty` is for the memory of the window, by sources that fill it
+                themselves (TIFF, .npy, arrays, zarr).
 
         Returns:
             A fresh array that the caller may keep and change.
@@ -116,7 +130,7 @@ class ImageSource(ABC):
         expect(not self._closed, self.name, "an open source", "one that was closed")
         try:
             with self.spans("read"):
-                return self._read((top, left, height, width), level)
+                return self._read((top, left, height, width), level, empty)
         except (SourceError, MemoryError):
             raise
         except Exception as error:
@@ -137,7 +151,7 @@ class ImageSource(ABC):
         self._closed = True
 
     @abstractmethod
-    def _read(self, window: Window, level: int) -> Array: ...
+    def _read(self, window: Window, level: int, empty: Empty) -> Array: ...
 
     def _count(self, size: int) -> None:
         """Add to `bytes_read`."""

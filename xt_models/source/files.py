@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from .base import Array, ImageSource, SourceError, Window, expect
+from .base import Array, Empty, ImageSource, SourceError, Window, expect
 
 
 class File:
@@ -110,6 +110,7 @@ def read_rows(
     layout: tuple[int, int, int],
     dtype: np.dtype[Any],
     window: Window,
+    empty: Empty,
 ) -> Array:
     """A window `[planes, height, width, samples]` of uncompressed rows, without what lies between.
 
@@ -120,12 +121,13 @@ def read_rows(
         place: (plane, row) -> (byte offset of the row, rows that follow without a gap, with it).
         layout: (planes, image width in pixels, samples per pixel of a plane).
         dtype: as stored.
+        empty: as of `ImageSource.read`.
     """
     planes, full_width, samples = layout
     top, left, height, width = window
     pixel_bytes = samples * dtype.itemsize
     row_bytes, part_bytes = full_width * pixel_bytes, width * pixel_bytes
-    out = np.empty((planes, height, width, samples), dtype)
+    out = empty((planes, height, width, samples), dtype)
     spans: list[tuple[int, int]] = []
     for plane in range(planes):
         row = 0

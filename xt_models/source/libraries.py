@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import DTYPES, Array, ImageSource, SourceError, Window, expect
+from .base import DTYPES, Array, Empty, ImageSource, SourceError, Window, expect
 from .files import File
 from .metadata import json_number
 
@@ -84,7 +84,7 @@ class RasterioSource(HandleSource):
 
         return rasterio.open(self.name, **({"overview_level": level - 1} if level else {}))
 
-    def _read(self, window: Window, level: int) -> Array:
+    def _read(self, window: Window, level: int, empty: Empty) -> Array:
         top, left, height, width = window
         place = (top, top + height), (left, left + width)
         pixels: Array = self._handle(level).read(window=place)
@@ -121,7 +121,7 @@ class OpenSlideSource(HandleSource):
 
         return openslide.OpenSlide(self.name)
 
-    def _read(self, window: Window, level: int) -> Array:
+    def _read(self, window: Window, level: int, empty: Empty) -> Array:
         top, left, height, width = window
         place = tuple(round(start * self._downsamples[level]) for start in (left, top))
         # One handle of a thread reads all levels.

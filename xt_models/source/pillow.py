@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import MAX_PILLOW_PIXELS, Array, ImageSource, Window, expect
+from .base import MAX_PILLOW_PIXELS, Array, Empty, ImageSource, Window, expect
 from .files import File
 from .metadata import world_file
 
@@ -69,7 +69,7 @@ class PillowSource(ImageSource):
             return PngImagePlugin.PngImageFile(self.name)
         return JpegImagePlugin.JpegImageFile(self.name)
 
-    def _read(self, window: Window, level: int) -> Array:
+    def _read(self, window: Window, level: int, empty: Empty) -> Array:
         with self._lock:
             if self._pixels is None:
                 with self.spans("decode"):

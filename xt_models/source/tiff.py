@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import Array, DamagedTileError, Window, expect, reason
+from .base import Array, DamagedTileError, Empty, Window, expect, reason
 from .files import FileSource, bands_first, read_rows
 from .metadata import tiff_metadata
 from .tiff_page import (
@@ -106,14 +106,15 @@ class TiffSource(FileSource):
         super().close()
         self._cache = _TileCache(0)
 
-    def _read(self, window: Window, level: int) -> Array:
+    def _read(self, window: Window, level: int, empty: Empty) -> Array:
         self._file.check_unchanged()
         page = self._pages[level]
         if page.in_rows:
             layout = (page.grid[0], page.width, page.plane_samples)
-            out = read_rows(self._file, partial(_strip_row, page), layout, page.dtype, window)
+            place = partial(_strip_row, page)
+            out = read_rows(self._file, place, layout, page.dtype, window, empty)
         else:
-            out = self._read_segments(page, level, window)
+            out = self._read_segments(page, level, window, empty)
         if self._palette is not None:
             return self._palette[:, out[0, :, :, 0]]
         bands = bands_first(out)
@@ -123,13 +124,12 @@ class TiffSource(FileSource):
         is_inverted = page.photometric == WHITE_IS_ZERO and self.dtype.kind == "u"
         return ~bands if is_inverted else bands
 
-    def _read_segments(self, page: Page, level: int, window: Window) -> Array:
+    def _read_segments(self, page: Page, level: int, window: Window, empty: Empty) -> Array:
         """A window `[planes, height, width, samples]`, put together from tiles or strips."""
         top, left, height, width = window
         bottom, right = top + height, left + width
-        out = np.empty(
-            (page.grid[0], height, width, page.plane_samples), page.dtype.newbyteorder("=")
-        )
+        shape = (page.grid[0], height, width, page.plane_samples)
+        out = empty(shape, page.dtype.newbyteorder("="))
         for plane in range(page.grid[0]):
             for row in range(top // page.rows, -(-bottom // page.rows)):
                 for column in range(left // page.columns, -(-right // page.columns)):
