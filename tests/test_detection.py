@@ -175,6 +175,23 @@ def test_boxes_are_suppressed_over_the_whole_image_by_class():
     assert edge.tolist() == [[270, 60, 290, 100]], "boxes end with the image"
 
 
+def test_the_part_inside_the_image_tells_whose_a_box_is():
+    """A box of the first group that ends before the image does has its centre in the second."""
+    grid = RegionGrid(100, 200, 100)
+    head = Recorder(group=1, overlap=0)
+    groups = head.groups(grid)
+    rows = torch.tensor([-110.0, 10, 150, 90, 0.9, 0]).expand(2, 1, 6).clone()
+    assert [(g.col, g.cols) for g in groups] == [(0, 1), (1, 1)]
+    rows[1] -= torch.tensor([100.0, 0, 100, 0, 0, 0])
+    found = [head.candidates({"rows": rows[i : i + 1]}, g, grid) for i, g in enumerate(groups)]
+    # 20 as it stands, 75 inside the image.
+    assert [f["boxes"].tolist() for f in found] == [[[0, 10, 150, 90]], []]
+    rows[..., 2] += 80
+    found = [head.candidates({"rows": rows[i : i + 1]}, g, grid) for i, g in enumerate(groups)]
+    # 60 as it stands, 100 inside: another's, whose own answer counts.
+    assert [f["boxes"].tolist() for f in found] == [[], [[0, 10, 200, 90]]]
+
+
 def test_each_group_learns_the_boxes_whose_centre_lies_in_it():
     grid = RegionGrid(100, 300, 100)
     head = Recorder()

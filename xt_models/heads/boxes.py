@@ -81,12 +81,14 @@ class BoxHead(GroupHead):
     def candidates(self, raw: dict[str, torch.Tensor], group: Group, grid: RegionGrid) -> Boxes:
         """The boxes of one group that are its own, inside the image."""
         found = self.decode(raw, group, grid)
-        x, y = ((found["boxes"][:, i] + found["boxes"][:, i + 2]) / 2 for i in (0, 1))
-        top, left, bottom, right = group.core
-        kept = (x >= left) & (x < right) & (y >= top) & (y < bottom)
-        kept &= (x >= 0) & (x < grid.width) & (y >= 0) & (y < grid.height)
         limit = found["boxes"].new_tensor([grid.width, grid.height] * 2)
         boxes = found["boxes"].clamp(min=0).minimum(limit)
+        centre = (found["boxes"][:, :2] + found["boxes"][:, 2:]) / 2
+        kept = ((centre >= 0) & (centre < limit[:2])).all(1)
+        # Whose it is tells the part inside the image: by that the loss divides the targets.
+        x, y = ((boxes[:, :2] + boxes[:, 2:]) / 2).unbind(1)
+        top, left, bottom, right = group.core
+        kept &= (x >= left) & (x < right) & (y >= top) & (y < bottom)
         kept &= (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         found["boxes"] = boxes
         return {name: value[kept] for name, value in found.items()}
