@@ -1,14 +1,13 @@
 """Spanning objects: the ceiling is a theorem, the runs reproducible, the command whole."""
 
-import csv
-import json
+import re
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 from xt_models.cli import main
-from xt_models.train import shoreline, spanning
+from xt_models.train import shoreline, spanning, table
+from xt_models.train.curve import Point
 
 BOUNDED = [name for name, row in spanning.ROWS.items() if row.ceiling is not None]
 MIDDLE = slice(spanning.REGION, -spanning.REGION)
@@ -166,14 +165,18 @@ def test_the_command_trains_as_long_as_the_function():
     assert {o.name: o.default for o in command.params}["steps"] == spanning.STEPS
 
 
-def test_the_command_leaves_a_table_and_curves(tmp_path):
-    out = tmp_path / "out"
-    words = ["-o", out, "--steps", 2, "--seeds", 1, "--rows", "region-only"]
-    result = CliRunner().invoke(main, ["train", "spanning", *map(str, words)])
-    assert result.exit_code == 0, result.output
-    assert sorted(p.name for p in out.iterdir()) == ["curves.csv", "curves.png", "table.json"]
-    record = json.loads((out / "table.json").read_text())
-    rows = list(csv.DictReader((out / "curves.csv").open()))
-    row = record["rows"]["region-only"]
-    assert row["ap50s"] == [float(rows[-1]["ap50"])] and row["ap50s"][0] <= spanning.CHANCE
-    assert row["ceiling"] == spanning.CHANCE and record["settings"]["test_images"] == 128
+def test_a_table_holds_the_ceiling_and_the_settings():
+    run = table.Run("no-memory", 0, [Point(1, 1.0, 7.0)], 1.0)
+    record = table._summary("spanning", ["no-memory"], [run], 1, 1, 1)
+    assert record["rows"]["no-memory"]["ap50s"] == [7.0]
+    assert record["rows"]["no-memory"]["ceiling"] == spanning.CHANCE
+    assert record["settings"]["test_images"] == 128 and record["settings"]["encoder"]
+    assert re.search(
+        r"ap50 .*\nno-memory +7\.0 +15\.2 +1  context in chunks", table.format_table(record)
+    )
+
+
+def test_pycocotools_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setattr(table, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"spanning: pycocotools must be installed .*\[train\]"):
+        spanning.check()
