@@ -731,6 +731,13 @@ def shoreline(regions: int, **options: Any) -> None:
     _train_table("shoreline", options={"regions": regions}, **options)
 
 
+@train_.command("spanning")
+@_table_options(400, "8 scenes")
+def spanning(**options: Any) -> None:
+    """The same for boxes: bars and rings of which no region sees enough."""
+    _train_table("spanning", **options)
+
+
 @train_.command()
 @click.argument("what", type=click.Choice(["encoder", "depth", "resolution", "locality"]))
 @_table_options(1000, "64 images")

@@ -145,12 +145,7 @@ def target(layout: Layout, regions: int = REGIONS) -> torch.Tensor:
 def render(layout: Layout, regions: int = REGIONS) -> torch.Tensor:
     """The scenes of a layout, `[B, 1, 32 * regions, 32 * regions]`."""
     side, scene = regions * REGION, torch.arange(len(layout.bay))
-    seeds, which = torch.unique(layout.speckle, return_inverse=True)
-    generator = torch.Generator()
-    noise = [
-        torch.randn(1, side, side, generator=generator.manual_seed(seed)) for seed in seeds.tolist()
-    ]
-    out = SPECKLE * torch.stack(noise)[which]
+    out = speckle(layout.speckle, side, side)
     cells = out.view(-1, side // CELL, CELL, side // CELL, CELL)
     dot = slice(CELL // 4, -CELL // 4)
     cells[scene[:, None], layout.dots[..., 0], dot, layout.dots[..., 1], dot] += 1
@@ -159,6 +154,17 @@ def render(layout: Layout, regions: int = REGIONS) -> torch.Tensor:
     blocks = out.view(-1, regions, REGION, regions, REGION)
     blocks[scene, layout.coast[:, 0], :, layout.coast[:, 1]] += 1 - 2.0 * is_bay
     return out
+
+
+def speckle(seeds: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Noise `[B, 1, height, width]`, the same for the same seed `[B]`."""
+    different, which = torch.unique(seeds, return_inverse=True)
+    generator = torch.Generator()
+    noise = [
+        torch.randn(1, height, width, generator=generator.manual_seed(seed))
+        for seed in different.tolist()
+    ]
+    return SPECKLE * torch.stack(noise)[which]
 
 
 def build(row: Row, regions: int = REGIONS) -> XT:
