@@ -35,9 +35,9 @@ from xt_kernels import RegionGrid, extract_regions, stitch_regions
 from ..context_encoder import ContextEncoder, Memory
 from ..grid import walk
 from ..heads import ClassificationHead, PlainHead
+from ..host import need
 from ..mamba import MambaContextEncoder
 from .curve import CLIP, LEARNING_RATE, WARM_UP, Point, learn
-from .table import need
 
 NAME, METRIC, METRICS = "cue-digits", "accuracy", "accuracies"
 SIDE, REGION, CLASSES = 64, 32, 10
@@ -125,7 +125,7 @@ class Layout(NamedTuple):
 
 def check() -> None:
     """Raises ValueError, with the way to install it, if scikit-learn is missing."""
-    need(NAME, "sklearn", "scikit-learn", "it holds the digits")
+    need(NAME, "sklearn", "scikit-learn", "train")
 
 
 def settings() -> dict[str, Any]:

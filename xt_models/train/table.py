@@ -23,7 +23,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module
 from importlib.metadata import version
-from importlib.util import find_spec
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -34,7 +33,7 @@ import torch
 
 import xt_kernels
 
-from ..host import cpu_name, num_cpus
+from ..host import cpu_name, need, num_cpus
 from ..output import OutputFolder
 from .curve import Point
 
@@ -51,14 +50,6 @@ class Run(NamedTuple):
 def find_task(name: str) -> Any:
     """The module of a task, such as "cue-digits"."""
     return import_module("." + name.replace("-", "_"), __package__)
-
-
-def need(task: str, module: str, package: str, use: str) -> None:
-    """Raises ValueError, with the way to install it, if an optional package is missing."""
-    if find_spec(module) is None:
-        raise ValueError(
-            f"{task}: {package} must be installed ({use}): pip install 'xt-kernels[train]'."
-        )
 
 
 def write_table(
@@ -93,7 +84,7 @@ def write_table(
         if number < 1:
             raise ValueError(f"{name}: {option} must be at least 1, got {number}.")
     task.check()
-    need(name, "matplotlib", "matplotlib", "it draws the curves")
+    need(name, "matplotlib", "matplotlib", "train")
     rows = list(dict.fromkeys(rows))
     with OutputFolder(out) as folder:
         assert folder is not None
