@@ -173,7 +173,7 @@ def test_the_command_leaves_a_table_of_all_sides(tmp_path):
     result = CliRunner().invoke(main, ["train", "megapixel-digits", *map(str, words)])
     assert result.exit_code == 0, result.output
     assert sorted(p.name for p in out.iterdir()) == ["curves.csv", "curves.png", "table.json"]
-    line = r"\nrow +accuracy +95 % +2,048 px +95 % +4,096 px +95 % +ceiling +s a run\n"
+    line = r"row +accuracy +95 % +2,048 px +95 % +4,096 px +95 % +ceiling +s a run\n"
     assert re.search(line, result.output)
     assert re.search(r"\ndownsampled( +10\.0){4} +\d+  down-sampled by two, co", result.output)
     record = json.loads((out / "table.json").read_text())
