@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 
+from xt_models import host
 from xt_models.cli import main
 from xt_models.train import ablate, table
 from xt_models.train import cue_digits as cue
@@ -288,12 +289,12 @@ def test_bad_options_end_in_one_sentence(words, message, tmp_path):
 
 @pytest.mark.parametrize("module, package", [("sklearn", "scikit-learn"), ("matplotlib",) * 2])
 def test_a_missing_package_is_named(module, package, tmp_path, monkeypatch):
-    find = table.find_spec
-    monkeypatch.setattr(table, "find_spec", lambda name: None if name == module else find(name))
+    find = host.find_spec
+    monkeypatch.setattr(host, "find_spec", lambda name: None if name == module else find(name))
     result = xt("-o", tmp_path / "out")
     assert result.exit_code == 1 and not list(tmp_path.iterdir())
     assert re.search(
-        rf"Error: cue-digits: {package} must be installed .*pip install 'xt-kernels\[train\]'\.",
+        rf"Error: cue-digits: {package} must be installed: pip install 'xt-kernels\[train\]'\.",
         result.output,
     )
 

@@ -26,6 +26,7 @@ SMALL = {
 SHORTER = {
     "xt train cue-digits": " --rows 64/32 --seeds 1 --steps 2",
     "xt train classify-folder": "".join(f" --set {key}={value}" for key, value in SMALL.items()),
+    "xt train megapixel-digits": " --rows downsampled --seeds 1 --steps 2",
     "xt train shoreline": " --rows region-only --seeds 1 --steps 2",
     "xt train spanning": " --rows region-only --seeds 1 --steps 2",
 }

@@ -21,10 +21,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import xt_models as xm
+from xt_models import host
 from xt_models.cli import main
 from xt_models.journal import verify
 from xt_models.train import config, fit
-from xt_models.train.tasks import base as tasks_base
 from xt_models.train.tasks import make_task, seeded
 from xt_models.train.tasks.base import Turn
 from xt_models.train.tasks.classification import as_float
@@ -727,8 +727,8 @@ def test_points_turn_with_their_image():
 
 @pytest.mark.parametrize("module, extra", [("accelerate", "train"), ("pycocotools", "det")])
 def test_a_missing_package_is_named(module, extra, boxed, tmp_path, monkeypatch):
-    find = tasks_base.find_spec
-    monkeypatch.setattr(tasks_base, "find_spec", lambda n: None if n == module else find(n))
+    find = host.find_spec
+    monkeypatch.setattr(host, "find_spec", lambda n: None if n == module else find(n))
     recipe = config.from_dict({
         "model": SMALL, "head": {"kind": "fcos"}, "data": {"form": "coco", "root": str(boxed)},
     })  # fmt: skip

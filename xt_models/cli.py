@@ -738,6 +738,13 @@ def spanning(**options: Any) -> None:
     _train_table("spanning", **options)
 
 
+@train_.command("megapixel-digits")
+@_table_options(400, "32 canvases")
+def megapixel_digits(**options: Any) -> None:
+    """The same on canvases of 1,024 to 4,096 px: a digit there, which one counts here."""
+    _train_table("megapixel-digits", **options)
+
+
 @train_.command()
 @click.argument("what", type=click.Choice(["encoder", "depth", "resolution", "locality"]))
 @_table_options(1000, "64 images")

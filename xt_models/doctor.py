@@ -18,7 +18,7 @@ _OPTIONAL = {
     "segmentation-models-pytorch": ("seg", "decoders of the heads segmentation and xview3"),
     "transformers": ("det", "the head detr"),
     "pycocotools": ("det", "COCO's measures of boxes"),
-    "scikit-learn": ("train", "holds the digits of xt train cue-digits"),
+    "scikit-learn": ("train", "holds the digits of xt train cue-digits and megapixel-digits"),
     "mamba-ssm": ("mamba", "its CUDA scan, as baseline and where asked for"),
     "causal-conv1d": ("mamba", "a faster convolution for Mamba on CUDA"),
     "pytest-benchmark": ("bench", "runs the benchmarks in bench/"),

@@ -1,4 +1,4 @@
-"""What this machine has: memory of the process, memory and disk that are free."""
+"""What this machine has: memory of the process, memory and disk that are free, packages."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import platform
 import resource
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -70,6 +71,14 @@ def free_disk(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def need(command: str, module: str, package: str, extra: str) -> None:
+    """Raises ValueError, with the way to install it, if an optional package is missing."""
+    if find_spec(module) is None:
+        raise ValueError(
+            f"{command}: {package} must be installed: pip install 'xt-kernels[{extra}]'."
+        )
 
 
 def num_cpus() -> int:

@@ -383,12 +383,23 @@ class XT(nn.Module, HubModel):
                 f"XT: image must be [B, C, H, W] with C = {self.config.in_chans}, "
                 f"got {list(image.shape)}."
             )
-        batch = image.shape[0]
         grid = self.grid(*image.shape[2:])
         regions = self.extract(image, grid)  # [B, R, C, s, s]
         encoded = self._encode_all(regions.flatten(0, 1))
-        features, raw, stages = encoded.map(lambda t: t.view(batch, -1, *t.shape[1:]))
+        return self.forward_encoded(
+            encoded.map(lambda t: t.view(len(image), -1, *t.shape[1:])), grid, memory
+        )
 
+    def forward_encoded(
+        self, encoded: Encoded, grid: RegionGrid, memory: Memory | None = None
+    ) -> XTOutput:
+        """What follows the region encoder in `forward`.
+
+        encoded: of all regions of the grid, row-major, features `[B, R, t, t, C]` and the others
+            alike.
+        """
+        features, raw, stages = encoded
+        batch = features.shape[0]
         kept, places = [], []
         summary: torch.Tensor | None = None
         for step in self.walk(grid):
@@ -405,7 +416,7 @@ class XT(nn.Module, HubModel):
                 places.append(map_index(grid.placement(chunk, self.stride), grid, self.stride))
                 summary = part if summary is None else summary + part
         assert summary is not None
-        place = torch.cat(places).to(image.device)
+        place = torch.cat(places).to(features.device)
         tokens = torch.cat(kept, dim=1)[:, place.argsort()]
         embedding = self.embed(summary, tokens.shape[1])
         logits = None if self.head is None else self.head(embedding)

@@ -35,16 +35,17 @@ from xt_kernels import RegionGrid, extract_regions, stitch_regions
 from ..context_encoder import ContextEncoder, Memory
 from ..grid import walk
 from ..heads import ClassificationHead, PlainHead
+from ..host import need
 from ..mamba import MambaContextEncoder
 from .curve import CLIP, LEARNING_RATE, WARM_UP, Point, learn
-from .table import need
+from .digits import CLASSES, Digits, carried, cues, load, pick
 
 NAME, METRIC, METRICS = "cue-digits", "accuracy", "accuracies"
-SIDE, REGION, CLASSES = 64, 32, 10
+SIDE, REGION = 64, 32
 GRID = RegionGrid(SIDE, SIDE, REGION)
 DIM, DEPTH, HEADS = 64, 2, 2
 BATCH, STEPS, EVALUATE_EVERY = 64, 1000, 200
-SPLIT_SEED, TEST_SEED, TEST_COPIES = 0, 1, 3
+TEST_SEED, TEST_COPIES = 1, 3
 
 
 @dataclass(frozen=True)
@@ -108,13 +109,6 @@ ROWS = {
 CEILING = "ceiling of a bag of regions, 43 %", 43.0
 
 
-class Digits(NamedTuple):
-    """Digit images `[N, 8, 8]` in [0, 1], sorted by class; class k is `starts[k]:starts[k + 1]`."""
-
-    images: torch.Tensor
-    starts: torch.Tensor
-
-
 class Layout(NamedTuple):
     """Which digit goes where in B images.
 
@@ -132,7 +126,7 @@ class Layout(NamedTuple):
 
 def check() -> None:
     """Raises ValueError, with the way to install it, if scikit-learn is missing."""
-    need(NAME, "sklearn", "scikit-learn", "it holds the digits")
+    need(NAME, "sklearn", "scikit-learn", "train")
 
 
 def settings() -> dict[str, Any]:
@@ -141,28 +135,6 @@ def settings() -> dict[str, Any]:
         "batch": BATCH, "learning_rate": LEARNING_RATE, "warm_up": WARM_UP, "clip": CLIP,
         "dim": DIM, "depth": DEPTH, "heads": HEADS, "test_images": 2000 * TEST_COPIES,
     }  # fmt: skip
-
-
-def load() -> tuple[Digits, Digits]:
-    """Training and test digits: 1,797 real ones, three quarters and one quarter of each class."""
-    check()
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    images = torch.from_numpy(data.images).float() / 16
-    target = torch.from_numpy(data.target)
-    generator = torch.Generator().manual_seed(SPLIT_SEED)
-    parts: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-    for digit in range(CLASSES):
-        ids = torch.nonzero(target == digit).flatten()
-        ids = ids[torch.randperm(len(ids), generator=generator)]
-        cut = len(ids) * 3 // 4
-        parts[0].append(images[ids[:cut]])
-        parts[1].append(images[ids[cut:]])
-    train, test = (
-        Digits(torch.cat(part), torch.tensor([0, *map(len, part)]).cumsum(0)) for part in parts
-    )
-    return train, test
 
 
 def draw(digits: Digits, batch: int, generator: torch.Generator) -> Layout:
@@ -174,7 +146,7 @@ def draw(digits: Digits, batch: int, generator: torch.Generator) -> Layout:
     classes = choose(CLASSES, 3)
     cue, target = choose(4), choose(3)
     return Layout(
-        digits=_pick(digits, classes, generator),
+        digits=pick(digits, classes, generator),
         label=classes.gather(1, target[:, None])[:, 0],
         cue=cue,
         named=slots(cue).gather(1, target[:, None])[:, 0],
@@ -203,7 +175,7 @@ def balanced_layout(digits: Digits, copies: int = TEST_COPIES) -> Layout:
                 order = orders[:2] if kinds == 1 else orders
                 n = len(order)
                 triple = torch.tensor(classes)
-                picked = _pick(digits, triple, generator)
+                picked = pick(digits, triple, generator)
                 cue, target = choose(4, 1).expand(n), choose(3, 1).expand(n)
                 place = slots(cue)  # [n, 3]
                 columns.append(
@@ -224,15 +196,6 @@ def slots(cue: torch.Tensor) -> torch.Tensor:
     return places + (places >= cue[:, None])
 
 
-def cues() -> torch.Tensor:
-    """The cue for each region, `[4, 8, 8]`: a map of the image, the named quarter bright."""
-    out = torch.full((4, 8, 8), 0.25)
-    for region in range(4):
-        row, col = region // 2 * 4, region % 2 * 4
-        out[region, row : row + 4, col : col + 4] = 1
-    return out
-
-
 def render(digits: Digits, layout: Layout) -> torch.Tensor:
     """The images of a layout, `[B, 1, 64, 64]`."""
     batch, where = len(layout.label), torch.arange(len(layout.label))
@@ -241,9 +204,7 @@ def render(digits: Digits, layout: Layout) -> torch.Tensor:
     patches[where, layout.cue] = cues()[layout.named]
     signal = F.pad(patches, (4, 4, 4, 4)).view(batch, 2, 2, 16, 16)  # [B, row, column, 16, 16]
     signal = signal.transpose(2, 3).reshape(batch, 1, SIDE // 2, SIDE // 2)
-    signal = signal.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    carrier = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(SIDE // 2, SIDE // 2)
-    return signal * carrier
+    return carried(signal, 2)
 
 
 class CueDigits(nn.Module):
@@ -367,11 +328,3 @@ def accuracy(model: CueDigits, digits: Digits, layout: Layout) -> float:
         right += int((logits.argmax(1) == part.label).sum())
     model.train()
     return 100 * right / len(layout.label)
-
-
-def _pick(digits: Digits, classes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A digit of each class, uniformly: image numbers of the shape of `classes`."""
-    counts = digits.starts.diff()[classes]
-    # 2^40 random values over fewer than 200 digits: their odds differ by less than 2^-32.
-    random = torch.randint(1 << 40, classes.shape, generator=generator)
-    return digits.starts[classes] + random % counts

@@ -13,11 +13,13 @@ LEARNING_RATE, WARM_UP, CLIP = 4e-3, 0.1, 1.0
 
 
 class Point(NamedTuple):
-    """A point of a learning curve: steps done, mean loss since the point before, score (%)."""
+    """A point of a learning curve: steps done, mean loss since the point before, score (%); at the
+    end perhaps more scores, by name."""
 
     step: int
     loss: float
     score: float
+    more: dict[str, float] = {}  # noqa: RUF012 (nobody changes it)
 
 
 def learn(

@@ -34,11 +34,12 @@ from torch.utils.data import DataLoader
 
 import xt_kernels
 
+from ..host import need
 from ..journal import RECORD, changes, locked, part_of, read_record, sync_folder, write_record
 from ..model import XT
 from ..registry import RandomWeightsWarning, create_model
 from .config import PRECISIONS, Recipe, Train
-from .tasks import Batch, InOrder, Order, Task, collate, make_task, need, seeded
+from .tasks import Batch, InOrder, Order, Task, collate, make_task, seeded
 
 CHECKPOINT = "checkpoint.pt"
 NO_DECAY = ("*token*", "*pos_embed*", "*bias_table*", "*cpb_mlp*", "*logit_scale*", "*.A_log")
@@ -84,7 +85,7 @@ def fit(
     was begun with another recipe or other data; NotFiniteError, naming the step, when a loss or
     gradient is not finite: the checkpoint stays as it was.
     """
-    need("accelerate", "accelerate", "train")
+    need("xt train", "accelerate", "accelerate", "train")
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 

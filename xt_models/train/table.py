@@ -2,7 +2,8 @@
 
 A folder of results holds `curves.csv` (row, seed, step, loss, score), `curves.png`, and
 `table.json`: for each row its scores, their mean, and the half width of the 95 % interval of that
-mean, t(0.975, n - 1) s / sqrt(n) over n seeds (Student 1908; none for one seed).
+mean, t(0.975, n - 1) s / sqrt(n) over n seeds (Student 1908; none for one seed); the same for
+further scores that the last points of the curves hold, by name, under "more".
 
 A task is a module of this folder: NAME; ROWS by name, dataclasses with a title and a ceiling;
 METRIC and METRICS, what its score in percent is called; STEPS and BATCH; CEILING, label and height
@@ -23,7 +24,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module
 from importlib.metadata import version
-from importlib.util import find_spec
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -34,7 +34,7 @@ import torch
 
 import xt_kernels
 
-from ..host import cpu_name, num_cpus
+from ..host import cpu_name, need, num_cpus
 from ..output import OutputFolder
 from .curve import Point
 
@@ -51,14 +51,6 @@ class Run(NamedTuple):
 def find_task(name: str) -> Any:
     """The module of a task, such as "cue-digits"."""
     return import_module("." + name.replace("-", "_"), __package__)
-
-
-def need(task: str, module: str, package: str, use: str) -> None:
-    """Raises ValueError, with the way to install it, if an optional package is missing."""
-    if find_spec(module) is None:
-        raise ValueError(
-            f"{task}: {package} must be installed ({use}): pip install 'xt-kernels[train]'."
-        )
 
 
 def write_table(
@@ -93,7 +85,7 @@ def write_table(
         if number < 1:
             raise ValueError(f"{name}: {option} must be at least 1, got {number}.")
     task.check()
-    need(name, "matplotlib", "matplotlib", "it draws the curves")
+    need(name, "matplotlib", "matplotlib", "train")
     rows = list(dict.fromkeys(rows))
     with OutputFolder(out) as folder:
         assert folder is not None
@@ -119,13 +111,14 @@ def check_row(name: str, row: str) -> None:
 def format_table(table: dict[str, Any]) -> str:
     """The table as text, scores in percent."""
     metric = find_task(table["task"]).METRIC
-    lines = [("row", metric, "95 %", "ceiling", "s a run", "")]
+    more = list(next(iter(table["rows"].values()))["more"])
+    heads = [head for score in (metric, *more) for head in (score, "95 %")]
+    lines = [("row", *heads, "ceiling", "s a run", "")]
     for name, row in table["rows"].items():
-        half, ceiling = row["half_width_95"], row["ceiling"]
+        ceiling = row["ceiling"]
         lines.append((
             name,
-            f"{row['mean']:.1f}",
-            "" if half is None else f"+- {half:.1f}",
+            *(cell for score in (row, *row["more"].values()) for cell in _cells(score)),
             "" if ceiling is None else f"{ceiling:.1f}",
             f"{sum(row['seconds']) / len(row['seconds']):.0f}",
             row["title"],
@@ -133,11 +126,17 @@ def format_table(table: dict[str, Any]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if i in (0, 5) else cell.rjust(width)
+            cell.ljust(width) if i in (0, len(widths) - 1) else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
     )
+
+
+def _cells(score: dict[str, Any]) -> tuple[str, str]:
+    """Mean and half width."""
+    half = score["half_width_95"]
+    return f"{score['mean']:.1f}", "" if half is None else f"+- {half:.1f}"
 
 
 def _run_all(
@@ -226,22 +225,18 @@ def _summary(
     jobs: int,
     options: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    from scipy.stats import t as student
-
     task = find_task(name)
     table: dict[str, Any] = {}
     for row in rows:
         mine = [run for run in runs if run.row == row]
-        scores = torch.tensor([run.points[-1].score for run in mine], dtype=torch.float64)
-        half = None
-        if seeds > 1:
-            factor = float(student.ppf(0.975, seeds - 1))
-            half = factor * scores.std().item() / seeds**0.5
+        last = [run.points[-1] for run in mine]
         table[row] = {
             "title": task.ROWS[row].title,
-            task.METRICS: scores.tolist(),
-            "mean": scores.mean().item(),
-            "half_width_95": half,
+            **_interval(task.METRICS, [point.score for point in last]),
+            "more": {
+                name: _interval(task.METRICS, [point.more[name] for point in last])
+                for name in last[0].more
+            },
             "ceiling": task.ROWS[row].ceiling,
             "seconds": [run.seconds for run in mine],
             "settings": asdict(task.ROWS[row]),
@@ -261,12 +256,24 @@ def _summary(
     }
 
 
+def _interval(name: str, scores: list[float]) -> dict[str, Any]:
+    """Scores under `name`, their mean, and the half width of its 95 % interval."""
+    from scipy.stats import t as student
+
+    values = torch.tensor(scores, dtype=torch.float64)
+    half = None
+    if len(scores) > 1:
+        factor = float(student.ppf(0.975, len(scores) - 1))
+        half = factor * values.std().item() / len(scores) ** 0.5
+    return {name: scores, "mean": values.mean().item(), "half_width_95": half}
+
+
 def _write_curves(path: Path, metric: str, runs: list[Run]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["row", "seed", "step", "loss", metric])
         for run in runs:
-            writer.writerows([run.row, run.seed, *point] for point in run.points)
+            writer.writerows([run.row, run.seed, *point[:3]] for point in run.points)
 
 
 def _draw(path: Path, task: Any, rows: Sequence[str], runs: list[Run]) -> None:

@@ -1,13 +1,13 @@
 """Tasks: what a recipe's data is trained for."""
 
 from ..config import Recipe
-from .base import Batch, InOrder, Order, Task, collate, need, seeded
+from .base import Batch, InOrder, Order, Task, collate, seeded
 from .classification import Classification
 from .detection import Detection
 from .segmentation import Segmentation
 from .vessels import Vessels
 
-__all__ = ["Batch", "InOrder", "Order", "Task", "collate", "make_task", "need", "seeded"]
+__all__ = ["Batch", "InOrder", "Order", "Task", "collate", "make_task", "seeded"]
 
 TASKS: dict[str, type[Task]] = {
     "classification": Classification,

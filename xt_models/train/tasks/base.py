@@ -11,7 +11,6 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, wraps
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,14 +19,6 @@ from torch.utils.data import Dataset
 
 from ...model import XT
 from ..config import Augment, Recipe
-
-
-def need(module: str, package: str, extra: str) -> None:
-    """Raises ValueError, with the way to install it, if an optional package is missing."""
-    if find_spec(module) is None:
-        raise ValueError(
-            f"xt train: {package} must be installed: pip install 'xt-kernels[{extra}]'."
-        )
 
 
 class Batch(NamedTuple):

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...host import need
 from ...metrics import coco_map
 from ...model import XT
 from ..config import Recipe
 from ..data import Boxed, Coco, Tiles, Window, read_crop
-from .base import Batch, Task, need, stack
+from .base import Batch, Task, stack
 
 
 class Detection(Task):
@@ -24,7 +25,7 @@ class Detection(Task):
     best, head, whole_images = "mAP", "boxes", True
 
     def __init__(self, recipe: Recipe) -> None:
-        need("pycocotools", "pycocotools", "det")
+        need("xt train", "pycocotools", "pycocotools", "det")
         super().__init__(recipe)
         data = recipe.data
         assert isinstance(data, Coco)

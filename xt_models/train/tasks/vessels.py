@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...host import need
 from ...metrics import xview3_scores
 from ...model import XT
 from ..config import Recipe
 from ..data import Scenes, Tiles, XView3
-from .base import Batch, Task, Turn, need, stack
+from .base import Batch, Task, Turn, stack
 
 _ANSWERS = ("is_vessel", "is_fishing", "length_m")
 
@@ -27,7 +28,7 @@ class Vessels(Task):
     best, head = "aggregate", "vessels"
 
     def __init__(self, recipe: Recipe) -> None:
-        need("scipy", "scipy", "det")
+        need("xt train", "scipy", "scipy", "det")
         super().__init__(recipe)
         assert isinstance(recipe.data, XView3)
         self.near = recipe.data.near
