@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from xt_models import host
 from xt_models.cli import main
 from xt_models.train import shoreline, spanning, table
 from xt_models.train.curve import Point
@@ -177,6 +178,6 @@ def test_a_table_holds_the_ceiling_and_the_settings():
 
 
 def test_pycocotools_is_named_where_it_is_missing(monkeypatch):
-    monkeypatch.setattr(table, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"spanning: pycocotools must be installed .*\[train\]"):
+    monkeypatch.setattr(host, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"spanning: pycocotools must be installed: .*\[train\]"):
         spanning.check()

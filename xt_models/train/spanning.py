@@ -35,11 +35,11 @@ import torch
 
 from ..heads import Head
 from ..heads.boxes import Boxes
+from ..host import need
 from ..metrics import coco_map
 from ..model import XT, XTConfig
 from .curve import CLIP, LEARNING_RATE, WARM_UP, Point, learn
 from .shoreline import speckle
-from .table import need
 
 NAME, METRIC, METRICS = "spanning", "ap50", "ap50s"
 REGION, ROWS_OF_REGIONS, COLS_OF_REGIONS, CELL = 32, 4, 8, 16
@@ -106,7 +106,7 @@ class Layout(NamedTuple):
 
 def check() -> None:
     """Raises ValueError, with the way to install it, if pycocotools is missing."""
-    need(NAME, "pycocotools", "pycocotools", "it measures boxes")
+    need(NAME, "pycocotools", "pycocotools", "train")
 
 
 def settings() -> dict[str, Any]:
