@@ -55,6 +55,15 @@ def test_coco_of_a_perfect_and_of_no_prediction():
     assert set(coco_map(nothing, target).values()) == {0.0}
 
 
+def test_coco_map_counts_so_many_boxes_of_each_class():
+    """The best box of class 0 is wrong and its second is right; class 1 has one, which is right."""
+    target = [{"boxes": [[0, 0, 50, 50], [60, 0, 90, 50]], "labels": [0, 1]}]
+    boxes = [[0, 60, 50, 99], [0, 0, 50, 50], [60, 0, 90, 50]]
+    found = [{"boxes": boxes, "labels": [0, 0, 1], "scores": [0.9, 0.8, 0.1]}]
+    scores = [coco_map(found, target, max_boxes=number)["mAP50"] for number in (1, 2, 100)]
+    assert scores == pytest.approx([0.5, 0.75, 0.75])
+
+
 def test_coco_by_hand():
     """One class, two large objects in two images. A prediction of IoU 0.7 (score 0.9) and one of
     nothing (0.8); the other object is not found. At IoU 0.50 to 0.70 recall reaches 1/2 at a

@@ -26,7 +26,7 @@ def coco_map(
     predictions: one dict an image: boxes `[N, 4]` (left, top, right, bottom) in pixels, scores
         `[N]`, labels `[N]`.
     targets: the same without scores; `is_crowd` `[N]` marks boxes that need not be found.
-    max_boxes: of an image, the best ones, that count (COCO: 100).
+    max_boxes: of each class in an image, the best ones, that count (COCO: 100).
 
     Raises ValueError for lists of other lengths or no object, ImportError without pycocotools.
     """
@@ -67,15 +67,15 @@ def coco_map(
         judge = COCOeval(coco, coco.loadRes(found) if found else COCO(), "bbox")
         judge.params.imgIds = sorted(coco.imgs)
         judge.params.catIds = sorted(coco.cats)
-        judge.params.maxDets = [1, 10, max_boxes]
+        judge.params.maxDets = [max_boxes]
         judge.evaluate()
         judge.accumulate()
-    precision = judge.eval["precision"]  # [IoU, recall, class, area, max_boxes], -1: no object
+    precision = judge.eval["precision"][..., 0]  # [IoU, recall, class, area], -1: no object
     cuts = [
-        precision[:, :, :, 0, 2],
-        precision[0, :, :, 0, 2],
-        precision[5, :, :, 0, 2],
-        *(precision[:, :, :, area, 2] for area in (1, 2, 3)),
+        precision[:, :, :, 0],
+        precision[0, :, :, 0],
+        precision[5, :, :, 0],
+        *(precision[:, :, :, area] for area in (1, 2, 3)),
     ]
     means = [float(cut[cut > -1].mean()) if (cut > -1).any() else float("nan") for cut in cuts]
     return dict(zip(NAMES, means, strict=True))
