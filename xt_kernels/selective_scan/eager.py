@@ -26,7 +26,6 @@ LOG2E = 1.4426950408889634
 # 8,192 tokens of 6,144 states, 2**18 1.3 times.
 _ELEMENTS = 2**20
 
-
 # States of a token, in all rows of a batch, from which tokens are scanned one by one: a tree goes
 # through memory three times as often, and one operation a token costs as much as so many states.
 _ONE_BY_ONE = 2**12

@@ -267,7 +267,7 @@ def _value(row: Row) -> str:
 
 
 def _least_errors(rows: Sequence[Row]) -> str:
-    """`published 1; Gaussian 0.10 (lsh, mean, 256 + 256); photographs 0.71 (..)`."""
+    """`published 1, at best; Gaussian 0.10 (lsh, mean, 256 + 256); photographs 0.71 (..)`."""
     parts = [f"{rows[0].first} 1, at best"]
     for variant, group in groupby(rows, key=lambda r: r.variant):
         members = list(group)

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +39,8 @@ from ..host import need
 from ..metrics import coco_map
 from ..model import XT, XTConfig
 from .curve import CLIP, LEARNING_RATE, WARM_UP, Point, learn
-from .shoreline import speckle
+from .shoreline import ROWS as SHORELINE_ROWS
+from .shoreline import Row, speckle
 
 NAME, METRIC, METRICS = "spanning", "ap50", "ap50s"
 REGION, ROWS_OF_REGIONS, COLS_OF_REGIONS, CELL = 32, 4, 8, 16
@@ -65,31 +66,11 @@ CHANCE = ceiling(TEST_FOURS)
 CEILING = f"ceiling without context, {CHANCE:.1f} %", CHANCE
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: settings of `XTConfig` on top of those that all rows share.
-
-    chunks: of the context encoder, each a row of regions or all of them.
-    ceiling: highest possible AP50, in percent; None where nothing bounds it.
-    """
-
-    title: str
-    config: dict[str, Any] = field(default_factory=dict)
-    chunks: int = 1
-    ceiling: float | None = None
-
-
-_XL = {"context": "xl", "memory_chunks": 3, "tiling": "two-stream"}
+# Those of shoreline, without the windows that reach beyond a region.
 ROWS = {
-    "region-only": Row("each region alone", {"context": None}, ceiling=CHANCE),
-    "no-memory": Row(
-        "context in chunks of a row, no memory", {"context": "vit"}, chunks=4, ceiling=CHANCE
-    ),
-    "whole": Row("context over all regions", {"context": "vit"}),
-    "xl-stop": Row("XL, two-stream, stop-gradient", _XL, chunks=4),
-    "xl-through": Row(
-        "XL, two-stream, gradient through memory", _XL | {"gradient": "through"}, chunks=4
-    ),
+    name: replace(row, ceiling=None if row.ceiling is None else CHANCE)
+    for name, row in SHORELINE_ROWS.items()
+    if not row.margin
 }
 
 
