@@ -380,12 +380,12 @@ def test_a_second_derivative_fails_clearly():
     image = torch.randn(3, 5, 7, requires_grad=True)
     cut = xk.extract_regions(image, RegionGrid(5, 7, 4))
     (grad,) = torch.autograd.grad((cut**2).sum(), image, create_graph=True)
-    with pytest.raises(RuntimeError, match="extract_regions_bwd"):
+    with pytest.raises(RuntimeError, match="differentiate twice"):
         grad.sum().backward()
     features = torch.randn(4, 4, 2, 2, requires_grad=True)
     tokens = xk.stitch_regions(features, RegionGrid(5, 7, 4))
     (grad,) = torch.autograd.grad((tokens**2).sum(), features, create_graph=True)
-    with pytest.raises(RuntimeError, match="stitch_regions_bwd"):
+    with pytest.raises(RuntimeError, match="differentiate twice"):
         grad.sum().backward()
 
 
@@ -462,7 +462,7 @@ def op_calls(device):
 @pytest.mark.parametrize("number", range(6))
 def test_opcheck(number, device):
     op, args = list(op_calls(device))[number]
-    torch.library.opcheck(op, args)
+    torch.library.opcheck(op.registered, args)
 
 
 def test_compile_without_graph_break(device):

@@ -14,10 +14,13 @@ import numpy as np
 import torch
 
 from . import eager
+from .direct import op
 from .grid import Placement, RegionGrid
 from .reference import frequencies
 
 _Ids = tuple[int, ...] | None
+
+_grid = lru_cache(maxsize=64)(RegionGrid)
 
 
 def _ids(regions: Sequence[int] | None) -> _Ids:
@@ -106,7 +109,7 @@ def _aligned(grid: RegionGrid, left: int) -> bool:
     return grid.region % 8 == 0 and left % 8 == 0
 
 
-@torch.library.custom_op("xt::extract_regions_fwd", mutates_args=())
+@op("xt::extract_regions_fwd")
 def extract_forward(
     image: torch.Tensor,
     gain: Sequence[float],
@@ -121,9 +124,10 @@ def extract_forward(
     channels_last: bool,
 ) -> torch.Tensor:
     """`[B, R, C, s, s]` of the window at (top, left) of a height x width image."""
-    count = RegionGrid(height, width, side).num_regions if regions is None else len(regions)
+    grid = _grid(height, width, side)
+    count = grid.num_regions if regions is None else len(regions)
     out = _new_regions(image, count, side, dtype, channels_last)
-    _extract(image, out, gain, bias, regions, RegionGrid(height, width, side), top, left)
+    _extract(image, out, gain, bias, regions, grid, top, left)
     return out
 
 
@@ -138,7 +142,7 @@ def _(
     return _new_regions(image, count, side, dtype, channels_last)
 
 
-@torch.library.custom_op("xt::extract_regions_into", mutates_args=("out",))
+@op("xt::extract_regions_into", mutates=("out",))
 def extract_into(
     image: torch.Tensor,
     out: torch.Tensor,
@@ -152,7 +156,7 @@ def extract_into(
     left: int,
 ) -> None:
     """Fills `out` `[B, R, C, s, s]`."""
-    _extract(image, out, gain, bias, regions, RegionGrid(height, width, side), top, left)
+    _extract(image, out, gain, bias, regions, _grid(height, width, side), top, left)
 
 
 @extract_into.register_fake
@@ -188,7 +192,7 @@ def _extract(
         )
 
 
-@torch.library.custom_op("xt::extract_regions_bwd", mutates_args=())
+@op("xt::extract_regions_bwd")
 def extract_backward(
     grad: torch.Tensor,
     gain: Sequence[float],
@@ -203,7 +207,7 @@ def extract_backward(
     channels_last: bool,
 ) -> torch.Tensor:
     """Gradient `[B, C, h, w]` of a window of size `window` (h, w); zero where no region reads."""
-    grid = RegionGrid(height, width, side)
+    grid = _grid(height, width, side)
     boxes = _boxes(grid, _ids(regions), top, left)
     grad_image = _new_image(grad, window, dtype, channels_last, boxes)
     if not grad.is_cuda:
@@ -267,10 +271,10 @@ def _extract_gradient(ctx, grad):  # type: ignore[no-untyped-def]
     return grad_image, *[None] * 10
 
 
-extract_forward.register_autograd(_extract_gradient, setup_context=_extract_setup)
+extract_forward.register_autograd(_extract_gradient, _extract_setup)
 
 
-@torch.library.custom_op("xt::stitch_regions_fwd", mutates_args=())
+@op("xt::stitch_regions_fwd")
 def stitch_forward(
     features: torch.Tensor,
     regions: Sequence[int] | None,
@@ -286,7 +290,7 @@ def stitch_forward(
 ) -> torch.Tensor:
     """Tokens `[B, L, C]`, L = length; with `partial` zero where no region writes."""
     out = _new_tokens(features, length, dtype, partial)
-    _stitch(features, regions, chunk, RegionGrid(height, width, side), order, position, out)
+    _stitch(features, regions, chunk, _grid(height, width, side), order, position, out)
     return out
 
 
@@ -296,7 +300,7 @@ def _(features: torch.Tensor, regions: Any, chunk: Any, length: int, *others: An
     return _new_tokens(features, length, dtype, partial)
 
 
-@torch.library.custom_op("xt::stitch_regions_into", mutates_args=("out",))
+@op("xt::stitch_regions_into", mutates=("out",))
 def stitch_into(
     features: torch.Tensor,
     out: torch.Tensor,
@@ -309,7 +313,7 @@ def stitch_into(
     position: bool,
 ) -> None:
     """Writes into tokens `out` `[B, L, C]`."""
-    _stitch(features, regions, chunk, RegionGrid(height, width, side), order, position, out)
+    _stitch(features, regions, chunk, _grid(height, width, side), order, position, out)
 
 
 @stitch_into.register_fake
@@ -344,7 +348,7 @@ def _stitch(
         kernels.launch_stitch_forward(features, _on(features, table), turns, out)
 
 
-@torch.library.custom_op("xt::stitch_regions_bwd", mutates_args=())
+@op("xt::stitch_regions_bwd")
 def stitch_backward(
     grad: torch.Tensor,
     regions: Sequence[int] | None,
@@ -359,7 +363,7 @@ def stitch_backward(
     channels_last: bool,
 ) -> torch.Tensor:
     """Gradient `[B, R, t, t, C]` of the features, R = count, t = tokens_a_side."""
-    grid = RegionGrid(height, width, side)
+    grid = _grid(height, width, side)
     table = _places(grid, _ids(regions), _ids(chunk), side // tokens_a_side, order)[0]
     out = _new_features(grad, count, tokens_a_side, dtype, channels_last)
     if not grad.is_cuda:
@@ -403,4 +407,4 @@ def _stitch_gradient(ctx, grad):  # type: ignore[no-untyped-def]
     return grad_features, *[None] * 10
 
 
-stitch_forward.register_autograd(_stitch_gradient, setup_context=_stitch_setup)
+stitch_forward.register_autograd(_stitch_gradient, _stitch_setup)
