@@ -66,10 +66,12 @@ def check_device(
         fail(op, argument, rule, str(tensor.device))
 
 
-def check_supported_device(op: str, argument: str, tensor: torch.Tensor) -> None:
-    """`tensor` is on a CPU or a CUDA device."""
-    if tensor.device.type not in ("cpu", "cuda"):
-        fail(op, argument, "be on a cpu or cuda device", str(tensor.device))
+def check_supported_device(
+    op: str, argument: str, tensor: torch.Tensor, devices: Sequence[str] = ("cpu", "cuda")
+) -> None:
+    """`tensor` is on a CPU or a CUDA device, or one of `devices`."""
+    if tensor.device.type not in devices:
+        fail(op, argument, f"be on a {' or '.join(devices)} device", str(tensor.device))
 
 
 def check_count(op: str, argument: str, value: Any, least: int, most: int | None = None) -> None:
@@ -93,11 +95,12 @@ def attention_inputs(
     memory_key: torch.Tensor | None,
     memory_value: torch.Tensor | None,
     enable_gqa: bool,
+    devices: Sequence[str] = ("cpu", "cuda"),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Query, key, value and memory as the op's docstring asks for them, cast under autocast."""
     check_dim(op, "query", query, {4: _ATTENTION})
-    check_supported_device(op, "query", query)
-    device = query.device.type
+    check_supported_device(op, "query", query, devices)
+    device = "cpu" if query.device.type == "cpu" else "cuda"
     if torch.is_autocast_enabled(device):
         low = torch.get_autocast_dtype(device)
         query, key, value = (_cast(t, low) for t in (query, key, value))

@@ -51,13 +51,17 @@ def hyper_attention(
     key, value: `[B, heads, Lk, D]`, dtype and device of query; with enable_gqa `[B, groups, Lk, D]`
         with groups that divides heads.
     attn_mask, dropout_p: for calls written for `scaled_dot_product_attention`; must stay unset.
-    is_causal: query i sees all memory, and current keys j <= i + (Lk - L). Triangles of at most
-        min_seq_len (at least 256) tokens on the diagonal are exact; below them, segments of
-        queries meet whole segments of keys with a window and a residual each (algorithm 4).
+    is_causal: query i sees all memory, and current keys j <= i + (Lk - L): the last query sees the
+        last key. (`scaled_dot_product_attention` has the first query see the first key instead;
+        for L = Lk it is the same.) Triangles on the diagonal are exact: the sequence halved until
+        it is at most min_seq_len, but at least 256 and rounded up to tiles of 256 tokens. Below
+        them, segments of queries meet whole segments of keys with a window and a residual each
+        (algorithm 4). Which of the keys it may see a query meets depends on later tokens too,
+        unless the window is "tile" and the residual fixed by a seed or a mean.
     scale: factor of the scores before the softmax; default D ** -0.5.
     enable_gqa: allow fewer key heads than query heads.
     block_size: keys of a window, at least 1. 128 neighbouring queries share a window.
-    sample_size: residual keys, at least 1.
+    sample_size: residual keys, at least 1; of samples at most 65,536.
     lsh_num_projs: hyperplanes of the hash, 1 to 8: 2 to 256 buckets, or as many clusters.
     min_seq_len: keys, memory included, up to which attention is exact.
     window: "lsh": queries and keys that hash alike meet. "cluster": those of one cluster of keys
@@ -70,7 +74,7 @@ def hyper_attention(
         keys, never concatenated. Their gradients are computed only if either requires one.
     plan: what `make_plan` returned for tensors of these sizes; its choices replace is_causal,
         block_size, sample_size, lsh_num_projs, min_seq_len, window, residual and seed.
-    seed: of hyperplanes and samples. The same seed gives the same result.
+    seed: of hyperplanes and samples, at least 0. The same seed gives the same result.
     return_lse: also return the log of the denominator.
 
     Returns out `[B, heads, L, D]` in the dtype of query, and with return_lse (out, lse), lse
@@ -92,11 +96,10 @@ def hyper_attention(
     factor = checks.attention_scale(OP, query, scale)
     if plan is None:
         spec = spec_of(is_causal, block_size, sample_size, min_seq_len, window, residual)
-        checks.check_count(OP, "lsh_num_projs", lsh_num_projs, 1, plans.MAX_PROJECTIONS)
+        check_hash(lsh_num_projs, seed)
         choices = _choices(spec, query, key, memory_key, lsh_num_projs, None, seed, None)
     else:
-        spec, choices = plan.spec, plan.choices
-        _check_plan(plan, query, key, memory_key)
+        spec, choices = checked(plan, query, key, memory_key), plan.choices
     if choices is None:
         return exact.xl_attention(
             query, key, value, memory_key, memory_value, scale=factor, is_causal=spec.is_causal,
@@ -140,7 +143,7 @@ def make_plan(
         OP, query, key, key, memory_key, memory_key, enable_gqa
     )
     spec = spec_of(is_causal, block_size, sample_size, min_seq_len, window, residual)
-    checks.check_count(OP, "lsh_num_projs", lsh_num_projs, 1, plans.MAX_PROJECTIONS)
+    check_hash(lsh_num_projs, seed)
     if projections is not None:
         groups, head_dim = key.shape[1], key.shape[3]
         if projections.dim() == 2:
@@ -176,6 +179,31 @@ def spec_of(
     return Spec(bool(is_causal), block_size, sample_size, min_seq_len, window, residual)
 
 
+def check_hash(lsh_num_projs: int, seed: int) -> None:
+    """What hashing and sampling take."""
+    checks.check_count(OP, "lsh_num_projs", lsh_num_projs, 1, plans.MAX_PROJECTIONS)
+    checks.check_count(OP, "seed", seed, 0, plans.MAX_SEED)
+
+
+def check_samples(spec: Spec) -> None:
+    """Samples that a program of the kernels can hold, where attention is not exact."""
+    if spec.residual in ("sample", "uniform") and spec.sample_size > plans.MAX_SAMPLES:
+        rule = f"be at most {plans.MAX_SAMPLES:,} for residual {spec.residual!r}"
+        checks.fail(OP, "sample_size", rule, spec.sample_size)
+
+
+def checked(
+    plan: Plan, query: torch.Tensor, key: torch.Tensor, memory_key: torch.Tensor | None
+) -> Spec:
+    """The choices of a plan that is for these tensors."""
+    if not isinstance(plan, Plan):
+        checks.fail(OP, "plan", "be what make_plan returned", type(plan).__name__)
+    plan.check(OP, query, key, memory_key)
+    if plan.choices is not None:
+        checks.check_device(OP, "plan", plan.choices.window_start, "query", query)
+    return plan.spec
+
+
 def _choices(
     spec: Spec,
     query: torch.Tensor,
@@ -190,26 +218,8 @@ def _choices(
     num_memory = 0 if memory_key is None else memory_key.shape[2]
     if spec.is_exact(key.shape[2], num_memory):
         return None
+    check_samples(spec)
     memory_key = None if memory_key is None else memory_key.detach()
     projections = None if projections is None else projections.detach().float()
     inputs = (query.detach(), key.detach(), memory_key, projections, lsh_num_projs, seed, draw)
     return Choices(*ops.make_choices(*inputs, *spec))
-
-
-def _check_plan(
-    plan: Plan, query: torch.Tensor, key: torch.Tensor, memory_key: torch.Tensor | None
-) -> None:
-    """The plan is for tensors of these sizes, on this device."""
-    num_memory = 0 if memory_key is None else memory_key.shape[2]
-    lengths = plan.num_queries, plan.num_keys, plan.num_memory
-    if lengths != (query.shape[2], key.shape[2], num_memory):
-        rule = f"be made for (L, Lk, M) = {(query.shape[2], key.shape[2], num_memory)}"
-        checks.fail(OP, "plan", rule, lengths)
-    if plan.choices is None:
-        return
-    starts, orders = plan.choices.window_start, plan.choices.key_order
-    heads = (*starts.shape[:2], orders.shape[1])
-    if heads != (*query.shape[:2], key.shape[1]):
-        rule = f"be made for (B, heads, key heads) = {(*query.shape[:2], key.shape[1])}"
-        checks.fail(OP, "plan", rule, heads)
-    checks.check_device(OP, "plan", starts, "query", query)

@@ -50,16 +50,19 @@ def describe(
 
     query, key, memory_key: as `hyper_attention` takes them. num_sampled: evenly spaced queries
         whose softmax is computed over all keys, in O(num_sampled (M + Lk)) for each head.
+
+    Raises ValueError if the plan is for other sizes.
     """
+    plan.check("Plan.describe", query, key, memory_key)
     if plan.choices is None:
-        return Description(torch.ones(query.shape[:2]), 1.0, None)
+        return Description(torch.ones(query.shape[:2], device="cpu"), 1.0, None)
     scale = query.shape[3] ** -0.5 if scale is None else scale
     # A look at a plan, not a path of the model: all on the CPU.
     query, key = query.detach().cpu(), key.detach().cpu()
     group = query.shape[1] // max(1, key.shape[1])
     count = min(num_sampled, plan.num_queries)
-    chosen = torch.arange(count) * plan.num_queries // max(count, 1)
-    mass = torch.zeros(query.shape[:2])
+    chosen = torch.arange(count, device="cpu") * plan.num_queries // max(count, 1)
+    mass = torch.zeros(query.shape[:2], device="cpu")
     share = 0.0
     is_ordered = plan.spec.is_ordered
     choices = Choices(*(t.cpu() for t in plan.choices))
@@ -68,7 +71,7 @@ def describe(
         device = torch.device("cpu")
         random = random_projections(key.shape[3], plan.lsh_num_projs, plan.seed, device)
     random = random.cpu().float().expand(key.shape[1], -1, -1)
-    sizes = torch.zeros((*key.shape[:2], 2 ** random.shape[2]), dtype=torch.long)
+    sizes = torch.zeros((*key.shape[:2], 2 ** random.shape[2]), dtype=torch.long, device="cpu")
     for b, h in product(range(query.shape[0]), range(query.shape[1])):
         g = h // group
         memory = None if memory_key is None else memory_key[b, g].detach().cpu()
@@ -88,7 +91,8 @@ def _attended(
     plan: Plan, choices: Choices, b: int, h: int, g: int, chosen: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(keys that queries `chosen` attend to one by one, keys that they may), `[n, M + Lk]`."""
-    attended = torch.zeros(len(chosen), plan.num_memory + plan.num_keys, dtype=torch.bool)
+    shape = len(chosen), plan.num_memory + plan.num_keys
+    attended = torch.zeros(shape, dtype=torch.bool, device="cpu")
     allowed = torch.zeros_like(attended)
     for level in plan.levels:
         for segment in range(level.segments):
@@ -104,7 +108,7 @@ def _attended(
                 if level.is_exact:
                     attended[i, seen] = True
                     continue
-                keys = torch.arange(columns.start, columns.stop)
+                keys = torch.arange(columns.start, columns.stop, device="cpu")
                 if plan.spec.is_ordered:
                     q_place, k_place = level.order(segment)
                     place = int((choices.query_order[b, h, q_place] == token).nonzero())

@@ -40,7 +40,9 @@ def forward(
     lse = torch.full(query.shape[:3], float("-inf"), dtype=wide, device="cpu")
     query, scale, _ = exact.positive(query, scale)
     num_memory = 0 if memory_key is None else memory_key.shape[2]
-    is_whole = not is_in_parts(levels(spec, query.shape[2], key.shape[2], num_memory))
+    all_levels = levels(spec, query.shape[2], key.shape[2], num_memory)
+    # One estimated level writes its result in place; all else is merged.
+    is_whole = not is_in_parts(all_levels) and not all_levels[0].is_exact
     for b, g, heads in _groups(query, key):
         q, k, v, mk, mv = _slices(query, key, value, memory_key, memory_value, b, g, heads)
         total = q if is_whole else torch.zeros(q.shape, dtype=wide, device="cpu")
@@ -203,8 +205,8 @@ class _Part:
         self.level, self.lse_columns = level, lse_columns
         rows, columns = level.queries(segment), level.keys(segment)
         if not spec.is_ordered:
-            self.query_order = torch.arange(rows.start, rows.stop)
-            self.key_order = torch.arange(columns.start, columns.stop)
+            self.query_order = torch.arange(rows.start, rows.stop, device="cpu")
+            self.key_order = torch.arange(columns.start, columns.stop, device="cpu")
         else:
             q_place, k_place = level.order(segment)
             self.query_order = choices.query_order[b, h, q_place].long()
@@ -315,8 +317,8 @@ class _Part:
     def _index(self, blocks: slice) -> torch.Tensor:
         """What of `keys` a block attends to `[blocks, width + m]`."""
         start = self.start[blocks, None]
-        window = start + torch.arange(self.level.width)
-        residual = self.level.num_keys + torch.arange(self.level.num_residual)
+        window = start + torch.arange(self.level.width, device="cpu")
+        residual = self.level.num_keys + torch.arange(self.level.num_residual, device="cpu")
         return torch.cat([window, residual.expand(start.shape[0], -1)], 1)
 
     def mask(self, blocks: slice, dtype: torch.dtype) -> torch.Tensor | None:

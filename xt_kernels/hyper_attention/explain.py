@@ -8,8 +8,8 @@ import torch
 
 from .. import _checks as checks
 from . import eager
-from .api import OP, spec_of
-from .plan import TILE, Level, is_in_parts, levels
+from .api import OP, check_hash, check_samples, checked, spec_of
+from .plan import TILE, Level, Plan, is_in_parts, levels
 
 
 @dataclass(frozen=True)
@@ -51,25 +51,37 @@ def explain(
     key: torch.Tensor,
     value: torch.Tensor | None = None,
     *,
-    memory_key: torch.Tensor | None = None,
     is_causal: bool = False,
+    scale: float | None = None,
     enable_gqa: bool = False,
     block_size: int = 256,
     sample_size: int = 256,
+    lsh_num_projs: int = 7,
     min_seq_len: int = 4096,
     window: str = "lsh",
     residual: str = "sample",
-    lsh_num_projs: int = 7,
+    memory_key: torch.Tensor | None = None,
+    memory_value: torch.Tensor | None = None,
+    plan: Plan | None = None,
+    seed: int = 0,
 ) -> Explanation:
     """Which path `hyper_attention` takes for these tensors, why, and what memory it expects.
 
-    Arguments are those of `hyper_attention` that decide it; meta tensors do. Nothing is computed.
-    Raises ValueError as the op does.
+    Arguments are those of `hyper_attention`; meta tensors, for a CUDA device, do, and value and
+    memory_value may be left out. Nothing is computed. Raises ValueError as the op does.
     """
-    if query.device.type != "meta":
-        value = key if value is None else value
-        checks.attention_inputs(OP, query, key, value, memory_key, memory_key, enable_gqa)
-    spec = spec_of(is_causal, block_size, sample_size, min_seq_len, window, residual)
+    value = key if value is None else value
+    memory_value = memory_key if memory_value is None else memory_value
+    query, key, _, memory_key, _ = checks.attention_inputs(
+        OP, query, key, value, memory_key, memory_value, enable_gqa, ("cpu", "cuda", "meta")
+    )
+    checks.attention_scale(OP, query, scale)
+    if plan is None:
+        spec = spec_of(is_causal, block_size, sample_size, min_seq_len, window, residual)
+        check_hash(lsh_num_projs, seed)
+    else:
+        spec, lsh_num_projs = checked(plan, query, key, memory_key), plan.lsh_num_projs
+    residual = spec.residual
     batch, heads, num_queries, head_dim = query.shape
     groups, num_keys = key.shape[1:3]
     num_memory = 0 if memory_key is None else memory_key.shape[2]
@@ -90,6 +102,7 @@ def explain(
         reason = f"{total:,} keys <= {limit}"
         return Explanation("exact", form, reason, possible, possible, (), result, 0, 0)
 
+    check_samples(spec)
     seen = sum(level.count_pairs(level.width + level.num_residual) for level in found)
     hyper = [level for level in found if not level.is_exact]
     slots = sum(level.segments * heads * level.num_blocks for level in hyper)

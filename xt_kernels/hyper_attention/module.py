@@ -24,7 +24,8 @@ class HyperAttention(torch.nn.Module):
         (residual="uniform"); docs/hyper_attention.md says what errs least where.
     layout: "bhnd" for `[B, heads, L, D]`, "bnhd" for `[B, L, heads, D]`.
     resample: in training, draw new samples in each call, from PyTorch's generator; a recomputation
-        under activation checkpointing draws the same. Evaluation always takes those of the seed.
+        under activation checkpointing draws the same. Evaluation always takes those of the seed. A
+        CUDA graph of a training step needs resample=False: new samples are drawn on the host.
     seed: of hyperplanes and samples.
 
     The hyperplanes `[D, lsh_num_projs]` are a buffer, so a reloaded model gives the same output.
@@ -72,7 +73,7 @@ class HyperAttention(torch.nn.Module):
         self.window, self.residual, self.layout = window, residual, layout
         self.resample, self.seed = resample, seed
         drawn = plans.random_projections(input_dim, lsh_num_projs, seed, torch.device("cpu"))
-        self.register_buffer("projections", drawn[0].clone())
+        self.register_buffer("projections", drawn[0].to(torch.get_default_device(), copy=True))
 
     def forward(
         self,
@@ -93,15 +94,20 @@ class HyperAttention(torch.nn.Module):
             checks.fail(_OP, "query", f"have head dim input_dim = {self.input_dim}", query.shape[3])
         if self.layout == "bnhd":
             query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-        elif query.shape[1] > max(query.shape[2], 64):
+        if query.shape[1] > max(query.shape[2], 64):
+            layout, other = (
+                ("[B, heads, L, D]", "bhnd")
+                if self.layout == "bnhd"
+                else ("[B, L, heads, D]", "bnhd")
+            )
             message = (
-                f"HyperAttention: query {list(query.shape)} has more heads than tokens; "
-                'for [B, L, heads, D] give layout="bnhd".'
+                f"HyperAttention: query has {query.shape[1]} heads and {query.shape[2]} tokens; "
+                f'for {layout} give layout="{other}".'
             )
             warnings.warn(message, stacklevel=2)
         draw = None
         if self.training and self.resample and self.residual in ("sample", "uniform"):
-            draw = torch.randint(2**31, ())
+            draw = torch.randint(2**31, (), device="cpu")
         plan = make_plan(
             query,
             key,

@@ -31,6 +31,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from .. import _checks as checks
+from .._kept import kept
+
 if TYPE_CHECKING:
     from .describe import Description
 
@@ -43,6 +46,9 @@ SAMPLED_TOKENS = 1024
 # 2**31 over the golden ratio; see `sampled`.
 GOLDEN = 1327217885
 MAX_PROJECTIONS = 8
+# Samples of a segment, whose places a program holds at once.
+MAX_SAMPLES = 2**16
+MAX_SEED = 2**63 - 1
 
 
 class Spec(NamedTuple):
@@ -227,18 +233,21 @@ class Choices(NamedTuple):
 
 def strata(num_keys: int, count: int) -> torch.Tensor:
     """Bounds `[count + 1]` of the strata of ordered keys: the first ones have a key more."""
-    j = torch.arange(count + 1)
+    j = torch.arange(count + 1, device="cpu")
     return j * (num_keys // count) + j.clamp(max=num_keys % count)
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def random_projections(head_dim: int, count: int, seed: int, device: torch.device) -> torch.Tensor:
     """Standard normal hyperplanes `[1, D, count]`, fp32, the same on every device.
 
     Kept, so that a second call copies nothing to the device; do not write into it.
     """
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, head_dim, count, generator=generator).to(device)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    shape = (1, head_dim, count)
+    # Whatever the default device and dtype are.
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    return drawn.to(device)
 
 
 class Drawn(NamedTuple):
@@ -250,7 +259,7 @@ class Drawn(NamedTuple):
     in_memory: torch.Tensor
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def drawn_places(
     spec: Spec, num_queries: int, num_keys: int, num_memory: int, seed: int, device: torch.device
 ) -> Drawn:
@@ -259,37 +268,38 @@ def drawn_places(
     Kept, so that a second call copies nothing to the device; do not write into them.
     """
     # Another stream of numbers than that of the projections.
-    generator = torch.Generator().manual_seed(seed ^ 0x5EED)
+    generator = torch.Generator("cpu").manual_seed(seed ^ 0x5EED)
     found: tuple[list[torch.Tensor], ...] = ([], [], [])
     for level in hyper_levels(spec, num_queries, num_keys, num_memory):
         if spec.residual not in ("sample", "uniform"):
             continue
         shape = (level.segments, level.num_residual)
         if spec.residual == "uniform":
-            drawn = torch.randint(level.num_keys, shape, generator=generator).sort(-1).values
+            drawn = torch.randint(level.num_keys, shape, generator=generator, device="cpu")
+            drawn = drawn.sort(-1).values
         else:
             bounds = strata(level.num_keys, level.num_residual)
             # fp64: the product stays below the stratum's size.
-            inside = torch.rand(shape, generator=generator, dtype=torch.float64) * bounds.diff()
-            drawn = bounds[:-1] + inside.long()
-        segment = torch.arange(level.segments)[:, None]
+            inside = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
+            drawn = bounds[:-1] + (inside * bounds.diff()).long()
+        segment = torch.arange(level.segments, device="cpu")[:, None]
         found[0].append(drawn.flatten())
         found[1].append((drawn + level.k_offset + segment * level.num_keys).flatten())
         found[2].append((drawn + level.k_begin + segment * level.step).flatten())
-    none = torch.empty(0, dtype=torch.long)
+    none = torch.empty(0, dtype=torch.long, device="cpu")
     # One copy to the device for all three.
     drawn = torch.stack([torch.cat([none, *places]) for places in found])
     return Drawn(*drawn.to(device=device, dtype=torch.int32))
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def aligned_starts(
     spec: Spec, num_queries: int, num_keys: int, num_memory: int, device: torch.device
 ) -> torch.Tensor:
     """Windows `[.]` around the same relative place: the order of memory is meaningful. Kept."""
-    starts = [torch.empty(0, dtype=torch.long)]
+    starts = [torch.empty(0, dtype=torch.long, device="cpu")]
     for level in hyper_levels(spec, num_queries, num_keys, num_memory):
-        middle = torch.arange(level.num_blocks) * QUERY_BLOCK + QUERY_BLOCK // 2
+        middle = torch.arange(level.num_blocks, device="cpu") * QUERY_BLOCK + QUERY_BLOCK // 2
         keys, queries = level.num_keys - level.first_aligned, level.num_queries
         centre = level.first_aligned + middle.clamp(max=queries) * keys // queries
         start = (centre - level.width // 2).clamp(0, level.num_keys - level.width)
@@ -303,7 +313,7 @@ def sampled(count: int, length: int) -> torch.Tensor:
     Multiples of the golden ratio: the first of them are spread as evenly as all, and a sequence
     that repeats itself, as the rows of an image do, is met in all phases.
     """
-    return (torch.arange(count) * GOLDEN % 2**31) * length >> 31
+    return (torch.arange(count, device="cpu") * GOLDEN % 2**31) * length >> 31
 
 
 def gather(
@@ -323,7 +333,7 @@ def gray_rank(signs: torch.Tensor) -> torch.Tensor:
 
     The code of i is i ^ (i >> 1), so that the codes of i and i + 1 differ in one bit.
     """
-    code = signs.long() @ (1 << torch.arange(signs.shape[-1]))
+    code = signs.long() @ (1 << torch.arange(signs.shape[-1], device="cpu"))
     for shift in (1, 2, 4):
         code ^= code >> shift
     return code
@@ -377,7 +387,7 @@ def centres(rows: torch.Tensor, random: torch.Tensor, dtype: torch.dtype) -> tor
     """Centres `[2**bits, D]` of clusters of centred rows `[n, D]`."""
     count = 2 ** random.shape[1]
     # Fewer than `count` rows begin again.
-    seeds = rows[torch.arange(count) % len(rows)].to(dtype).float()
+    seeds = rows[torch.arange(count, device="cpu") % len(rows)].to(dtype).float()
     seeds = seeds[gray_rank(seeds @ random > 0).argsort(stable=True)]
     own = nearest(rows, seeds, torch.zeros_like(seeds[0]))
     members = torch.bincount(own, minlength=count)[:, None]
@@ -468,7 +478,7 @@ def _bucket_starts(
     """`[num_blocks]` windows of a segment around the keys of the middle query's bucket."""
     q_count, k_count = (torch.bincount(c, minlength=count) for c in (q_codes, k_codes))
     q_end, k_begin = q_count.cumsum(0), k_count.cumsum(0) - k_count
-    middle = torch.arange(level.num_blocks) * QUERY_BLOCK + QUERY_BLOCK // 2
+    middle = torch.arange(level.num_blocks, device="cpu") * QUERY_BLOCK + QUERY_BLOCK // 2
     middle = middle.clamp(max=q_codes.shape[0] - 1)
     bucket = torch.searchsorted(q_end, middle, right=True)
     rank = middle - (q_end - q_count)[bucket]
@@ -476,7 +486,7 @@ def _bucket_starts(
     return (centre - level.width // 2).clamp(0, level.num_keys - level.width)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """What `hyper_attention` decided for one query and key: reusable and inspectable.
 
@@ -514,6 +524,23 @@ class Plan:
             if not level.is_exact:
                 for segment in range(level.segments):
                     yield level, segment
+
+    def check(
+        self, op: str, query: torch.Tensor, key: torch.Tensor, memory_key: torch.Tensor | None
+    ) -> None:
+        """Raises ValueError, in the name of `op`, unless made for tensors of these sizes."""
+        num_memory = 0 if memory_key is None else memory_key.shape[2]
+        lengths = self.num_queries, self.num_keys, self.num_memory
+        if lengths != (query.shape[2], key.shape[2], num_memory):
+            rule = f"be made for (L, Lk, M) = {(query.shape[2], key.shape[2], num_memory)}"
+            checks.fail(op, "plan", rule, lengths)
+        if self.choices is None:
+            return
+        starts, orders = self.choices.window_start, self.choices.key_order
+        heads = (*starts.shape[:2], orders.shape[1])
+        if heads != (*query.shape[:2], key.shape[1]):
+            rule = f"be made for (B, heads, key heads) = {(*query.shape[:2], key.shape[1])}"
+            checks.fail(op, "plan", rule, heads)
 
     def describe(self, query: torch.Tensor, key: torch.Tensor, **options: Any) -> Description:
         """How well the plan fits these tensors; see `hyper_attention.describe.describe`."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .._kept import kept
 from . import eager
 from .direct import op
 from .grid import Placement, RegionGrid
@@ -63,7 +64,7 @@ def _constants(values: tuple[float, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 # Keyed by stream too: the copy is ordered with the work of its own stream alone.
-@lru_cache(maxsize=256)
+@kept(256)
 def _uploaded(table: "_Key", device: torch.device, stream: int) -> torch.Tensor:
     return table.tensor.pin_memory().to(device, non_blocking=True)
 
