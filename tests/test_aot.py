@@ -119,6 +119,14 @@ def test_planted_fault_is_rejected(
     assert any(message in fault for fault in faults), faults
 
 
+def test_more_registers_than_a_block_can_have_are_rejected(
+    toys: dict[str, _aot.Measurement],
+) -> None:
+    good = toys["toy_kernels:matmul|sm_90|aligned"]
+    assert good.threads == 128 and not good.faults()
+    assert "needs 65792 of 65536 registers" in replace(good, registers=514).faults()[0]
+
+
 def test_local_loads_are_rejected(toys: dict[str, _aot.Measurement]) -> None:
     assert toys["toy_kernels:spills|sm_90|aligned"].local > 0
     good = toys["toy_kernels:matmul|sm_90|aligned"]

@@ -8,10 +8,10 @@ A module that holds kernels offers `aot_cases()`; each case is compiled aligned 
 strides divisible by 16, unit strides known, as the launcher specialises them) and unaligned (none
 of it), for sm_80, sm_90 and sm_100.
 
-Hard rules: no stack and no local loads or stores (spills), shared memory within the GPU's limit,
-tensor-core instructions where `has_dots`, `cp.async` where `pipelined`. The lock file of a Triton
-version holds registers, shared memory and instruction counts, so that a change of any of them is
-seen, and accepted on purpose. Importing this module imports no Triton.
+Hard rules: no stack and no local loads or stores (spills), registers and shared memory within the
+GPU's limits, tensor-core instructions where `has_dots`, `cp.async` where `pipelined`. The lock file
+of a Triton version holds registers, shared memory and instruction counts, so that a change of any
+of them is seen, and accepted on purpose. Importing this module imports no Triton.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from typing import Any
 ARCHS = (80, 90, 100)
 # Shared memory that one block may ask for, in bytes (CUDA programming guide: 163, 227 and 227 KiB).
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
+REGISTERS = 65_536  # 32-bit ones of a multiprocessor, hence of a block
 _ROOT = Path(__file__).resolve().parent
 LOCK_DIR = _ROOT.parent / "tests" / "aot_lock"
 # Under `python -m` __name__ says __main__.
@@ -83,13 +84,15 @@ class AotCase:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What the compiler made of one case for one GPU; stack and shared are in bytes."""
+    """What the compiler made of one case for one GPU; stack and shared are in bytes, registers of
+    one thread."""
 
     key: str
     arch: int
     aligned: bool
     has_dots: bool
     pipelined: bool
+    threads: int = 32
     error: str = ""
     registers: int = 0
     stack: int = 0
@@ -116,7 +119,9 @@ class Measurement:
         if self.error:
             return [f"{self.key}: {self.error}"]
         limit = SHARED_LIMIT[self.arch]
+        held = self.registers * self.threads
         rules = [
+            (held <= REGISTERS, f"needs {held} of {REGISTERS} registers a block"),
             (self.stack == 0, f"uses {self.stack} B of stack (registers spill)"),
             (self.local == 0, f"has {self.local} local loads and stores (registers spill)"),
             (self.shared <= limit, f"needs {self.shared} of {limit} B of shared memory"),
@@ -291,6 +296,7 @@ def _row(key: str, arch: int, aligned: bool, case: AotCase | None, **found: Any)
         "aligned": aligned,
         "has_dots": dots,
         "pipelined": pipelined,
+        "threads": 32 * case.num_warps if case else 32,
         **found,
     }
 
@@ -310,7 +316,8 @@ def _measured(module: str, case: AotCase, arch: int, variant: str) -> dict[str, 
             "maxnreg": case.maxnreg,
         }
         parts = (kernel.cache_key, signature, constexprs, attrs, arch, options)
-        known = _Known(*parts, triton.__version__, Path(__file__).read_text())
+        how = [inspect.getsource(function) for function in (_measured, _resources)]
+        known = _Known(*parts, triton.__version__, *how)
         if known.resources is not None:
             return _row(key, arch, aligned, case, **known.resources)
         compiled = triton.compile(

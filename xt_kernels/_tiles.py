@@ -13,6 +13,16 @@ def offset(index, stride):
 
 
 @triton.jit
+def hidden_zero(count):
+    """0, which the compiler cannot tell from a count that it does not know.
+
+    Added to a place after a loop, it keeps addresses from being made before the loop and held in
+    registers through it: up to 50 less a thread, and no spills, in the backward of attention.
+    """
+    return tl.maximum(count, 0) - count
+
+
+@triton.jit
 def split(index, size):
     """(index // size, index % size) of a program id, in its own 32 bits.
 

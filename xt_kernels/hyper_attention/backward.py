@@ -36,7 +36,7 @@ from .._attention import (
     scale_of,
     scale_parts,
 )
-from .._tiles import offset, split
+from .._tiles import hidden_zero, offset, split
 from .forward import (
     aot_case,
     aot_table,
@@ -498,6 +498,7 @@ def _hyper_attention_bwd_key_kernel(
             )  # fmt: skip
 
     dk = dk * scale
+    index = ordered(k_order, place + hidden_zero(num_queries), mask_n, k_first, ORDERED)
     dk_ptrs = key_places(
         head_of(dk_ptr, pid_b, pid_g, dk_strides), head_of(dmk_ptr, pid_b, pid_g, dmk_strides),
         dk_strides, dmk_strides, index, len_m, offs_d, HAS_MEMORY,

@@ -62,7 +62,7 @@ BACKWARD = {
 BACKWARD_ANY = {
     16: (Config(4, 2),),
     32: (Config(4, 1),),
-    64: (Config(4, 1),),
+    64: (Config(2, 1),),
 }
 
 

@@ -57,8 +57,8 @@ FORWARD = {
         256: (Config(32, 32, 8, 2),),
     },
     "any": {
-        64: (Config(32, 32, 4, 1),),
-        128: (Config(32, 32, 8, 1),),
+        64: (Config(32, 32, 8, 1),),
+        128: (Config(32, 16, 8, 1),),
         256: (Config(32, 16, 8, 1),),
     },
     "wide": {
@@ -100,7 +100,7 @@ QUERY = {
 KEY = {
     "fast": {
         64: (Config(32, 128, 8, 3), Config(32, 64, 4, 3)),
-        128: (Config(32, 128, 8, 2),),
+        128: (Config(32, 64, 8, 2),),
         # A second buffer of queries would spill.
         256: (Config(16, 64, 8, 1),),
     },
