@@ -318,6 +318,21 @@ def test_memory_on_a_cpu_is_that_of_a_chunk():
     assert grads <= most < grads + low[0].nbytes + whole / 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_softplus_on_a_cpu_is_right_to_a_few_roundings(dtype):
+    from decimal import Decimal, localcontext
+
+    x = torch.cat([torch.linspace(-80, 80, 641), torch.logspace(-30, 0, 61)]).to(dtype)
+    with localcontext(prec=60):
+        exact = [(1 + Decimal(v).exp()).ln() for v in x.tolist()]
+        found = [Decimal(v) for v in eager._softplus(x).tolist()]
+        worst = max(abs(a - b) / b for a, b in zip(found, exact, strict=True))
+    assert worst <= 4 * torch.finfo(dtype).eps
+    edges = torch.tensor([math.inf, -math.inf, math.nan, 1e30, -1e30], dtype=dtype)
+    expected = torch.tensor([math.inf, 0, math.nan, 1e30, 0], dtype=dtype)
+    torch.testing.assert_close(eager._softplus(edges), expected, rtol=0, atol=0, equal_nan=True)
+
+
 # 3. Are the gradients the derivatives, and is a split the same as one call?
 
 
