@@ -1,6 +1,8 @@
 """`selective_scan`: the definition, the kernels, the CPU form, the public op, the carried state."""
 
 import math
+import sys
+import types
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -288,20 +290,47 @@ def test_the_cpu_form_over_many_chunks(monkeypatch):
     close(results(public, wide, grads), results(dense, wide, grads))
 
 
-def test_memory_on_a_cpu_is_that_of_a_chunk():
-    """States of a chunk of this size are 8 MiB; the op must not hold the 128 MiB of all tokens."""
+def most_held(run):
+    """Bytes that `run` holds at once, at most."""
     from torch.profiler import ProfilerActivity, profile
 
-    low, _ = inputs((1, 512, 16, 4096, 1), torch.float32)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        public(*low)
+        run()
     held = most = 0
     for event in seen.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             most = max(most, held)
+    return most
+
+
+def test_memory_on_a_cpu_is_that_of_a_chunk():
+    """A tensor of a chunk's states is 4 MiB; the op must not hold the 128 MiB of all tokens."""
+    low, _ = inputs((1, 512, 16, 4096, 1), torch.float32)
     whole = 512 * 16 * 4096 * 4
+    most = most_held(lambda: public(*low))
     assert low[0].nbytes <= most < low[0].nbytes + whole / 4
+    tensors = [t.requires_grad_() for t in low]
+    out, last = public(*tensors)
+    loss = out.sum() + last.sum()
+    most = most_held(lambda: torch.autograd.grad(loss, tensors))
+    grads = sum(t.nbytes for t in low)
+    assert grads <= most < grads + low[0].nbytes + whole / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_softplus_on_a_cpu_is_right_to_a_few_roundings(dtype):
+    from decimal import Decimal, localcontext
+
+    x = torch.cat([torch.linspace(-80, 80, 641), torch.logspace(-30, 0, 61)]).to(dtype)
+    with localcontext(prec=60):
+        exact = [(1 + Decimal(v).exp()).ln() for v in x.tolist()]
+        found = [Decimal(v) for v in eager._softplus(x).tolist()]
+        worst = max(abs(a - b) / b for a, b in zip(found, exact, strict=True))
+    assert worst <= 4 * torch.finfo(dtype).eps
+    edges = torch.tensor([math.inf, -math.inf, math.nan, 1e30, -1e30], dtype=dtype)
+    expected = torch.tensor([math.inf, 0, math.nan, 1e30, 0], dtype=dtype)
+    torch.testing.assert_close(eager._softplus(edges), expected, rtol=0, atol=0, equal_nan=True)
 
 
 # 3. Are the gradients the derivatives, and is a split the same as one call?
@@ -493,6 +522,21 @@ def test_b_and_c_need_no_group_axis():
         assert torch.equal(a, b)
 
 
+def test_in_pieces_are_rows_that_the_compiler_knows_to_be_aligned():
+    """Triton knows of a stride that 16 divides it, in elements, and of nothing else."""
+    base = torch.zeros(2, 3, 64, dtype=torch.bfloat16)
+    assert kernels._in_pieces(base) and kernels._in_pieces(base[:, 1:, :48])
+    assert kernels._in_pieces(base[..., 8:])  # 16 bytes in
+    assert not kernels._in_pieces(base[..., 4:])
+    assert not kernels._in_pieces(base[..., ::2])
+    assert not kernels._in_pieces(base.mT)
+    assert not kernels._in_pieces(torch.zeros(2, 3, 24, dtype=torch.bfloat16))  # rows of 48 bytes
+    assert not kernels._in_pieces(torch.zeros(2, 3, 63))
+    odd = torch.zeros(2, 3, 40)
+    assert kernels.backward_table(base, base) is kernels.BACKWARD
+    assert kernels.backward_table(base, odd) is kernels.BACKWARD_ANY
+
+
 # 5. Edges
 
 
@@ -648,10 +692,15 @@ G = P[:, None].expand(-1, 3, -1, -1)
             {"backend": "mamba_ssm", "initial_state": STATE},
             'initial_state must be None with backend="mamba_ssm", which takes none',
         ),
-        ({"backend": "mamba_ssm"}, 'u must be on a cuda device with backend="mamba_ssm"'),
+        ({"backend": "mamba_ssm"}, 'u must be on a cuda device with backend="mamba_ssm", got cpu'),
     ],
 )
-def test_refuses(options, message):
+def test_refuses(options, message, monkeypatch):
+    stub = types.ModuleType("mamba_ssm.ops.selective_scan_interface")
+    stub.selective_scan_fn = None
+    monkeypatch.setitem(sys.modules, stub.__name__, stub)
+    for name in ("mamba_ssm", "mamba_ssm.ops"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     options = {"u": U, "delta": U, "A": torch.zeros(6, 4), "B": P, "C": P, **options}
     with pytest.raises(ValueError, match=f"^selective_scan: {message}"):
         xk.selective_scan(**options)

@@ -27,9 +27,10 @@ class Memory(NamedTuple):
     """What the chunks before left for the next one: a plain value to save, move or compare.
 
     states: one tensor, T tokens of all remembered chunks. "hidden": what entered each layer,
-        `[depth, B, T, C]`. "kv": its keys and values, `[depth, 2, B, heads, T, D]`.
+        `[depth, B, T, C]`. "kv": its keys and values, `[depth, 2, B, heads, T, D]`. Mamba: of the
+        scan and of the convolution, `[depth, B, d_inner, N + d_conv - 1]`.
     lengths: tokens of each remembered chunk, in the order of states. A new chunk takes the place of
-        the oldest one.
+        the oldest one. Mamba: (N, d_conv - 1).
     seen: chunks so far, those forgotten included.
     """
 

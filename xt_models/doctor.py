@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from .host import available_memory, cpu_name, num_cpus
@@ -25,9 +26,18 @@ _OPTIONAL = {
     "matplotlib": ("train", "draws the curves of xt train and the plots of the benchmark reports"),
 }
 
+_COMPILED = {
+    "mamba-ssm": "mamba_ssm.ops.selective_scan_interface",
+    "causal-conv1d": "causal_conv1d",
+}
+"""Package -> the module of it that we use, of those that are built for one torch and CUDA."""
+
 
 def report() -> str:
-    """Versions, devices, optional parts and what each missing one is for, as lines of text."""
+    """Versions, devices, optional parts and what each missing one is for, as lines of text.
+
+    The packages of `_COMPILED` are imported: a build for another torch is there and does not work.
+    """
     import torch
 
     from .registry import list_models
@@ -42,6 +52,7 @@ def report() -> str:
         lines.append(
             f"  {name:<17} "
             + (found or f"not installed: {purpose}; pip install 'xt-kernels[{extra}]'")
+            + (_trouble(_COMPILED[name]) if found and name in _COMPILED else "")
         )
     lines.append("devices")
     gib = available_memory() / 2**30
@@ -57,6 +68,16 @@ def report() -> str:
     lines.append("models")
     lines += [f"  {name}" for name in list_models()]
     return "\n".join(lines)
+
+
+def _trouble(module: str) -> str:
+    """What to say behind the version: nothing, or why the module does not import."""
+    try:
+        import_module(module)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        return f", but does not import and is not used: {type(error).__name__}: {reason}"
+    return ""
 
 
 def _version(name: str) -> str | None:

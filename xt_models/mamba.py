@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import sys
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,10 +21,12 @@ from torch.utils.checkpoint import checkpoint
 
 from xt_kernels import selective_scan
 from xt_kernels.causal_conv import causal_conv
+from xt_kernels.selective_scan.api import BACKENDS, MAX_STATES
 
 from .context_encoder import GRADIENTS, Memory
 
 FORMS = ("residual", "released")
+DT_INITS = ("random", "constant")
 
 
 class MambaMixer(nn.Module):
@@ -31,8 +34,12 @@ class MambaMixer(nn.Module):
 
     d_model: width of the tokens. d_state: states N a channel, up to 64. d_conv: width of the
     convolution. expand: d_inner / d_model. dt_rank: "auto" is d_model / 16, rounded up.
-    dt_min, dt_max, dt_init_floor: range of the first step sizes. bias, conv_bias: of the
-    projections and of the convolution. backend: of `xt_kernels.selective_scan`.
+    dt_min, dt_max, dt_init_floor: range of the first step sizes. dt_init, dt_scale: dt_proj's first
+    weights, "random" up to dt_scale dt_rank^-1/2, or all of them that ("constant"). bias,
+    conv_bias: of the projections and of the convolution. use_fast_path, layer_idx: taken as
+    mamba_ssm's callers give them, without effect. device, dtype: of the parameters; A_log and D are
+    at least fp32. backend: of `xt_kernels.selective_scan`; "mamba_ssm" takes no state, and its last
+    one has no gradient.
     """
 
     def __init__(
@@ -40,41 +47,70 @@ class MambaMixer(nn.Module):
         d_model: int,
         d_state: int = 16,
         d_conv: int = 4,
-        expand: int = 2,
+        expand: float = 2,
         dt_rank: int | str = "auto",
         dt_min: float = 0.001,
         dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
         dt_init_floor: float = 1e-4,
         conv_bias: bool = True,
         bias: bool = False,
+        use_fast_path: bool = True,
+        layer_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
         backend: str = "xt",
     ) -> None:
         super().__init__()
-        for name, value in (("d_state", d_state), ("d_conv", d_conv), ("expand", expand)):
-            if value < 1:
-                raise ValueError(f"MambaMixer: {name} must be at least 1, got {value}.")
-        inner = expand * d_model
-        rank = math.ceil(d_model / 16) if isinstance(dt_rank, str) else dt_rank
+        inner = int(expand * d_model)
+        rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        for ok, name, rule, value in (
+            (1 <= d_state <= MAX_STATES, "d_state", f"be 1 to {MAX_STATES}", d_state),
+            (d_conv >= 1, "d_conv", "be at least 1", d_conv),
+            (inner >= 1, "expand", "make d_inner = expand d_model at least 1", expand),
+            (
+                isinstance(rank, int) and rank >= 1,
+                "dt_rank",
+                'be "auto" or an integer of at least 1',
+                repr(dt_rank),
+            ),
+            (dt_init in DT_INITS, "dt_init", f"be one of {', '.join(DT_INITS)}", repr(dt_init)),
+            (backend in BACKENDS, "backend", f"be one of {', '.join(BACKENDS)}", repr(backend)),
+        ):
+            if not ok:
+                raise ValueError(f"MambaMixer: {name} must {rule}, got {value}.")
+        assert isinstance(rank, int)
         self.backend = backend
-        self.in_proj = nn.Linear(d_model, 2 * inner, bias=bias)
-        self.conv1d = nn.Conv1d(inner, inner, d_conv, groups=inner, bias=conv_bias)
-        self.x_proj = nn.Linear(inner, rank + 2 * d_state, bias=False)
-        self.dt_proj = nn.Linear(rank, inner)
-        self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(inner, 1))
-        self.D = nn.Parameter(torch.ones(inner))
-        self.out_proj = nn.Linear(inner, d_model, bias=bias)
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.in_proj = nn.Linear(d_model, 2 * inner, bias=bias, **like)
+        self.conv1d = nn.Conv1d(inner, inner, d_conv, groups=inner, bias=conv_bias, **like)
+        self.x_proj = nn.Linear(inner, rank + 2 * d_state, bias=False, **like)
+        self.dt_proj = nn.Linear(rank, inner, **like)
+        wide = torch.promote_types(self.in_proj.weight.dtype, torch.float32)
+        rates = torch.arange(1, d_state + 1, device=device, dtype=wide)
+        self.A_log = nn.Parameter(rates.log().repeat(inner, 1))
+        self.D = nn.Parameter(torch.ones(inner, device=device, dtype=wide))
+        self.out_proj = nn.Linear(inner, d_model, bias=bias, **like)
         with torch.no_grad():
-            nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
+            most = dt_scale * rank**-0.5
+            nn.init.uniform_(self.dt_proj.weight, -most if dt_init == "random" else most, most)
             low, high = math.log(dt_min), math.log(dt_max)
-            step = torch.empty(inner).uniform_(low, high).exp().clamp(min=dt_init_floor)
+            step = torch.empty(inner, device=device, dtype=wide).uniform_(low, high).exp()
+            step = step.clamp(min=dt_init_floor)
             # What softplus takes to `step`.
             self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))
 
     @property
+    def state_sizes(self) -> tuple[int, int]:
+        """(N of the scan, d_conv - 1 inputs of the convolution) of one channel's state."""
+        return self.A_log.shape[1], self.conv1d.kernel_size[0] - 1
+
+    @property
     def state_shape(self) -> tuple[int, int]:
         """[d_inner, N + d_conv - 1] of the state of one batch item."""
-        inner, states = self.A_log.shape
-        return inner, states + self.conv1d.kernel_size[0] - 1
+        return self.A_log.shape[0], sum(self.state_sizes)
 
     def forward(
         self, tokens: torch.Tensor, state: torch.Tensor | None = None
@@ -83,23 +119,21 @@ class MambaMixer(nn.Module):
 
         state: `[B, d_inner, N + d_conv - 1]`, fp32 (fp64 for fp64): the scan's state, then the last
         inputs of the convolution; None at the start of a sequence.
+        Raises ValueError if tokens or state have another shape, dtype or device.
         """
+        self._check(tokens, state)
         rank, states = self.dt_proj.in_features, self.A_log.shape[1]
         scanned = inputs = None
         if state is not None:
             scanned, inputs = state[..., :states], state[..., states:]
-        # [B, channels, L], tokens contiguous, as the scan likes them.
-        projected = self.in_proj.weight @ tokens.mT
-        if self.in_proj.bias is not None:
-            projected = projected + self.in_proj.bias[:, None].to(projected.dtype)
-        x, z = projected.chunk(2, 1)
+        x, z = _project(self.in_proj.weight, tokens.mT, self.in_proj.bias).chunk(2, 1)
         wide = torch.promote_types(x.dtype, torch.float32)
         x, inputs = causal_conv(x, self.conv1d.weight[:, 0], self.conv1d.bias, inputs, silu=True)
-        selected = self.x_proj.weight @ x
+        selected = _project(self.x_proj.weight, x)
         delta, B, C = selected[:, :rank], selected[:, rank:-states], selected[:, -states:]
-        found = selective_scan(
+        y, scanned = selective_scan(
             x,
-            self.dt_proj.weight @ delta,
+            _project(self.dt_proj.weight, delta),
             -self.A_log.to(wide).exp(),
             B,
             C,
@@ -111,8 +145,44 @@ class MambaMixer(nn.Module):
             initial_state=scanned,
             backend=self.backend,
         )
-        y, scanned = found
-        return self.out_proj(y.mT), torch.cat([scanned, inputs.to(wide)], -1)
+        mixed = _project(self.out_proj.weight, y, self.out_proj.bias).mT
+        return mixed, torch.cat([scanned, inputs.to(wide)], -1)
+
+    def _check(self, tokens: torch.Tensor, state: torch.Tensor | None) -> None:
+        def check(ok: bool, name: str, rule: str, got: object) -> None:
+            if not ok:
+                raise ValueError(f"MambaMixer: {name} must {rule}, got {got}.")
+
+        width = self.in_proj.in_features
+        shape = list(tokens.shape)
+        rule = f"be [B, L, C] = [*, *, {width}]"
+        check(len(shape) == 3 and shape[2] == width, "tokens", rule, shape)
+        if state is None:
+            return
+        check(self.backend == "xt", "state", f"be None with backend {self.backend!r}", "a tensor")
+        expected = [shape[0], *self.state_shape]
+        rule = f"be [B, d_inner, N + d_conv - 1] = {expected}"
+        check(list(state.shape) == expected, "state", rule, list(state.shape))
+        wide = torch.promote_types(tokens.dtype, torch.float32)
+        check(
+            state.dtype == wide and state.device == tokens.device,
+            "state",
+            f"be {wide} on the device of tokens, {tokens.device}",
+            f"{state.dtype} on {state.device}",
+        )
+
+
+def _project(
+    weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """weight @ x + bias of x `[B, in, L]`: tokens stay contiguous, as the scan likes them.
+
+    So they are in the result and in the gradient of x, without a copy. `weight @ x` would copy both
+    to make one product of the batch while gradients are recorded; `F.linear` gives and takes
+    channels last.
+    """
+    weight = weight.expand(len(x), -1, -1)
+    return weight.bmm(x) if bias is None else torch.baddbmm(bias[:, None], weight, x)
 
 
 class MambaLayer(nn.Module):
@@ -160,7 +230,7 @@ class MambaContextEncoder(nn.Module):
         *,
         d_state: int = 16,
         d_conv: int = 4,
-        expand: int = 2,
+        expand: float = 2,
         form: str = "residual",
         carry: bool = True,
         gradient: str = "stop",
@@ -182,6 +252,11 @@ class MambaContextEncoder(nn.Module):
                 f"{name}: carry must be False with form 'released': its reversed layers start at "
                 f"the last token of the whole sequence, which one pass over chunks has not seen "
                 f"yet. Give the whole sequence in one call, or choose form 'residual', got True."
+            )
+        if backend == "mamba_ssm" and carry:
+            raise ValueError(
+                f"{name}: carry must be False with backend 'mamba_ssm', whose scan takes no state, "
+                f"got True."
             )
         self.dim, self.form, self.carry = dim, form, carry
         self.gradient, self.gradient_chunks = gradient, gradient_chunks
@@ -210,8 +285,8 @@ class MambaContextEncoder(nn.Module):
         """tokens: `[B, L, C]` of this chunk. memory: what the call before returned, None at first.
 
         Returns the tokens and the memory for the next chunk (None without carry): `states`
-        `[depth, B, d_inner, N + d_conv - 1]`, fp32 (fp64 for fp64), whatever the lengths were.
-        Raises ValueError if the memory has another depth, batch, width, dtype or device.
+        `[depth, B, d_inner, N + d_conv - 1]`, fp32 (fp64 for fp64), `lengths` (N, d_conv - 1).
+        Raises ValueError if the memory is of another model, batch, dtype or device.
         """
         if tokens.dim() != 3 or tokens.shape[2] != self.dim:
             raise ValueError(
@@ -234,7 +309,16 @@ class MambaContextEncoder(nn.Module):
             tokens, new = self._mix(tokens, states)
         if not self.carry:
             return tokens, None
-        return tokens, Memory(new.detach() if self.gradient == "stop" else new, (), seen + 1)
+        if self.gradient == "stop":
+            new = new.detach()
+        return tokens, Memory(new, self._mixer.state_sizes, seen + 1)
+
+    @property
+    def _mixer(self) -> MambaMixer:
+        """The first of the layers' mixers, which are alike."""
+        first = self.layers[0]
+        assert isinstance(first, MambaLayer)
+        return first.mixer
 
     def _mix(
         self, tokens: torch.Tensor, states: torch.Tensor | None
@@ -253,12 +337,14 @@ class MambaContextEncoder(nn.Module):
             fail("be a Memory, as an earlier call returned it, or None", type(memory).__name__)
         if not self.carry:
             fail("be None without carry", "a Memory")
-        first = self.layers[0]
-        assert isinstance(first, MambaLayer)
-        expected = [len(self.layers), tokens.shape[0], *first.mixer.state_shape]
-        if list(memory.states.shape) != expected:
+        expected = [len(self.layers), tokens.shape[0], *self._mixer.state_shape]
+        sizes = self._mixer.state_sizes
+        if list(memory.states.shape) != expected or memory.lengths != sizes:
             layout = "[depth, B, d_inner, N + d_conv - 1]"
-            fail(f"hold Mamba states {layout} = {expected}", list(memory.states.shape))
+            fail(
+                f"hold Mamba states {layout} = {expected} of lengths (N, d_conv - 1) = {sizes}",
+                f"{list(memory.states.shape)} of lengths {memory.lengths}",
+            )
         wide = torch.promote_types(tokens.dtype, torch.float32)
         if memory.states.dtype != wide or memory.states.device != tokens.device:
             fail(

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from xt_kernels.regions import Placement, RegionGrid, extract_regions, stitch_regions
+from xt_kernels.selective_scan.api import BACKENDS, MAX_STATES
 
 from .checkpoint import HubModel
 from .context_encoder import ContextEncoder, Memory
@@ -33,9 +34,12 @@ class XTConfig:
     context: "xl" (memory carried from chunk to chunk), "hyper", "mamba" (state carried), "vit", or
         None (no context).
     dim, depth, num_heads, mlp_ratio, causal, memory, gradient, gradient_chunks: of the context
-        encoder, as in `XLContextEncoder`.
+        encoder, as in `XLContextEncoder`. Mamba takes dim, depth, gradient and gradient_chunks of
+        them: it has no heads and no MLP, is causal, and its state stands for all chunks before.
     mamba_form: "residual", or "released", whose reversed layers need the whole image as one chunk,
         as in `MambaContextEncoder`.
+    mamba_d_state, mamba_d_conv, mamba_expand: sizes of its mixers, as in `MambaMixer`.
+    mamba_backend: "xt", or "mamba_ssm", whose scan takes no state: with form "released" alone.
     pool: "mean" of all tokens, or "token", a class token appended last (whole-image chunk only).
     chunk_regions: regions a chunk; None is the whole image in one chunk: memory grows with it.
     memory_chunks: earlier chunks that each XL layer remembers.
@@ -59,6 +63,10 @@ class XTConfig:
     gradient: str = "stop"
     gradient_chunks: int = 4
     mamba_form: str = "residual"
+    mamba_d_state: int = 16
+    mamba_d_conv: int = 4
+    mamba_expand: float = 2
+    mamba_backend: str = "xt"
     pool: str = "mean"
     chunk_regions: int | None = 16
     memory_chunks: int = 1
@@ -99,6 +107,15 @@ class XTConfig:
             self.mamba_form == "residual" or self.context != "mamba" or self.chunk_regions is None,
             "'residual' unless the whole image is one chunk (chunk_regions=None): reversed layers "
             "start at the image's last token, which one pass over chunks has not seen yet",
+        )
+        check("mamba_d_state", 1 <= self.mamba_d_state <= MAX_STATES, f"1 to {MAX_STATES}")
+        check("mamba_d_conv", self.mamba_d_conv >= 1, "at least 1")
+        check("mamba_expand", self.mamba_expand * self.dim >= 1, "at least 1 / dim")
+        check("mamba_backend", self.mamba_backend in BACKENDS, f"one of {', '.join(BACKENDS)}")
+        check(
+            "mamba_backend",
+            self.mamba_backend == "xt" or self.mamba_form == "released",
+            "'xt' unless mamba_form is 'released': the scan of mamba_ssm takes no state",
         )
         for name in ("mean", "std"):
             value = getattr(self, name)
@@ -195,6 +212,10 @@ class XT(nn.Module, HubModel):
                 self.context = MambaContextEncoder(
                     config.dim,
                     config.depth,
+                    d_state=config.mamba_d_state,
+                    d_conv=config.mamba_d_conv,
+                    expand=config.mamba_expand,
+                    backend=config.mamba_backend,
                     form=config.mamba_form,
                     carry=config.mamba_form == "residual",
                     gradient=config.gradient,

@@ -66,7 +66,8 @@ def create_model(
     seed: of the random weights; the global generators are left as they were.
     overrides: any field of `XTConfig`, such as num_classes, heads, in_chans, chunk_regions.
 
-    Warns with RandomWeightsWarning unless pretrained. Raises ValueError for unknown names, values.
+    Warns with RandomWeightsWarning unless pretrained. Raises ValueError for unknown names, values,
+    and for a memory asked of Mamba, which has none of its own.
     """
     stem, _, suffix = name.partition(".")
     if suffix in CONTEXTS:
@@ -75,6 +76,12 @@ def create_model(
         raise ValueError(
             f"create_model: context must be one of {', '.join(CONTEXTS)} or None, got {context!r}."
         )
+    for field in ("memory", "memory_chunks"):
+        if context == "mamba" and field in overrides:
+            raise ValueError(
+                f"create_model: {field} must be left out with context 'mamba', whose state stands "
+                f"for all chunks before, got {overrides[field]!r}."
+            )
     encoder, region = _find_encoder(name)
     defaults = dict(CONTEXT_DEFAULTS[context])
     if overrides.get("chunk_regions") is not None:

@@ -11,6 +11,7 @@ from . import ops
 
 _OP = "selective_scan"
 BACKENDS = ("xt", "mamba_ssm")
+_PACKAGE_DEVICE = "cuda"
 MAX_STATES = 64
 
 
@@ -49,7 +50,7 @@ def selective_scan(
     return_last_state: also return the state behind the last token.
     initial_state: `[B, D, N]`, dtype of A; None is zero.
     backend: "xt", or "mamba_ssm" for the CUDA kernel of that package where it is installed; it
-        takes no initial state and gives no gradient to the last one.
+        takes no initial state, and the last one comes detached: the kernel has no gradient for it.
 
     Returns out `[B, D, L]` in the dtype of u, or (out, last_state `[B, D, N]`) with last_state in
     the dtype of A. Under autocast u, delta, B, C and z are cast to its dtype, the others to fp32.
@@ -163,15 +164,20 @@ def _by_mamba_ssm(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The CUDA kernel of mamba_ssm, for comparison."""
     backend = 'backend="mamba_ssm"'
-    if initial_state is not None:
-        checks.fail(_OP, "initial_state", f"be None with {backend}, which takes none", "a tensor")
-    if not u.is_cuda:
-        checks.fail(_OP, "u", f"be on a cuda device with {backend}", str(u.device))
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     except ImportError as error:
         checks.fail(_OP, "backend", "be installed (pip install mamba-ssm)", f"{backend}: {error}")
-    result: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = selective_scan_fn(
+    if initial_state is not None:
+        checks.fail(_OP, "initial_state", f"be None with {backend}, which takes none", "a tensor")
+    if u.device.type != _PACKAGE_DEVICE:
+        rule = f"be on a {_PACKAGE_DEVICE} device with {backend}"
+        checks.fail(_OP, "u", rule, str(u.device))
+    found = selective_scan_fn(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state
     )
-    return result
+    if not return_last_state:
+        out: torch.Tensor = found
+        return out
+    out, last_state = found
+    return out, last_state.detach()

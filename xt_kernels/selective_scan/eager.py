@@ -44,6 +44,18 @@ def _unflatten(tensor: torch.Tensor, axis: int, sizes: tuple[int, ...]) -> torch
     return view
 
 
+def _softplus(x: torch.Tensor) -> torch.Tensor:
+    """log(1 + exp(x)), to a few roundings also where it is tiny.
+
+    PyTorch's has a log1p that goes number by number: on one core of an AMD EPYC (family 26) it
+    takes 10 ns for each, most of a forward pass; this takes a few.
+    """
+    y = x.abs().neg_().exp_()
+    w = y + 1
+    # log(w) y / (w - 1) undoes the rounding of 1 + y; where that leaves 0 / 0, log(1 + y) is y.
+    return w.log().div_(w.sub_(1)).nan_to_num_(1.0).mul_(y).add_(x.relu())
+
+
 @dataclass(frozen=True)
 class _Inputs:
     """The arguments of the op with channels in groups, and what a chunk of them looks like."""
@@ -101,7 +113,7 @@ class _Inputs:
         raw = self.channels(self.delta, begin, end)
         if self.delta_bias is not None:
             raw = raw + self.by_group(self.delta_bias[None])
-        step = F.softplus(raw) if self.softplus else raw
+        step = _softplus(raw) if self.softplus else raw
         return step, raw if self.softplus else None
 
     def channels_first(self, tensor: torch.Tensor) -> torch.Tensor:
