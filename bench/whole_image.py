@@ -1,6 +1,6 @@
 """One model on one image in a process of its own: time, peak memory above the model, as JSON.
 
-    python bench/whole_image.py --form "xt xl" --side 1024 --mode inference
+    python bench/whole_image.py --form "xt xl" --side 1024 --mode inference --encoder hiera_tiny
 
 Forms: "xt CONTEXT" streams the image as `xt embed` does; "regions" is the region encoder alone, on
 batches of regions; "naive" and "naive, window grown" are the same Swin on the whole image, its
@@ -18,6 +18,7 @@ keep_memory_flat()  # before torch loads
 # ruff: noqa: E402
 import argparse
 import json
+import statistics
 import time
 import warnings
 from typing import Any
@@ -25,21 +26,29 @@ from typing import Any
 import numpy as np
 import torch
 from baselines import whole_image_swin
-from measure import DEVICE, DTYPE, HAS_GPU, spread
+from measure import DEVICE, DTYPE, HAS_GPU, seconds, spread, yardstick
 
 import xt_models as xm
 from xt_kernels import RegionGrid
 from xt_models.registry import RandomWeightsWarning
 
 BATCH = 16  # regions at once
+REGION = 256  # px, whatever the encoder was made for
+
+
+def context_of(form: str) -> str:
+    """The context encoder of a form, or "none"."""
+    return form.removeprefix("xt ") if form.startswith("xt ") else "none"
 
 
 def build(form: str, encoder: str, side: int) -> tuple[Any, Any]:
     """(the model whose memory counts, the XT model that knows how to cut and normalise)."""
-    context = form.removeprefix("xt ") if form.startswith("xt ") else "none"
+    context = context_of(form)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RandomWeightsWarning)
-        model = xm.create_model(encoder, context=None if context == "none" else context)
+        model = xm.create_model(
+            encoder, context=None if context == "none" else context, region=REGION
+        )
     for module in model.region_encoder.modules():
         if isinstance(module, torch.nn.LayerNorm):
             # Some are zero at first in SwinV2: its blocks would pass their input on.
@@ -89,7 +98,7 @@ def check(tokens: torch.Tensor, form: str, mode: str, model: Any, pixels: np.nda
     """One finite token a place; streamed, in small images, they are those of the whole at once."""
     side = pixels.shape[0]
     assert tokens.shape[0] == (side // model.stride) ** 2 and bool(tokens.isfinite().all())
-    if form.startswith("xt ") and mode == "inference" and side <= 1024 and not HAS_GPU:
+    if form.startswith("xt ") and mode == "inference" and side <= 512 and not HAS_GPU:
         with torch.inference_mode():
             whole = model(torch.from_numpy(pixels).movedim(-1, 0)).tokens[0]
         # Chunks come in another order: the mean and the mean square do not mind.
@@ -117,6 +126,8 @@ def main() -> None:
 
     if HAS_GPU:
         before = torch.cuda.memory_allocated()
+    tick, ticks = yardstick(DEVICE), []
+    tick()
     reset_peak_rss()
     base = current_rss()
     start = time.perf_counter()
@@ -131,12 +142,18 @@ def main() -> None:
             if HAS_GPU:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - begin)
+            ticks.append(seconds(tick))
     peak = torch.cuda.max_memory_allocated() - before if HAS_GPU else peak_rss() - base
     check(tokens, args.form, args.mode, model, pixels)
     count = model.grid(args.side, args.side).num_regions
     row = {"seconds": spread(times), "memory": peak, "regions": count}
     row |= {"regions_per_s": count / row["seconds"]["median"], "region": model.config.region}
-    row |= {"parameters": sum(p.numel() for p in net.parameters()), "batch": BATCH}
+    row |= {
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "context": context_of(args.form),
+    }
+    row |= {"batch": 1 if args.form.startswith("naive") else min(BATCH, count)}
+    row |= {"threads": torch.get_num_threads(), "yardstick": statistics.median(ticks)}
     print(json.dumps(row))
 
 
