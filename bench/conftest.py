@@ -30,6 +30,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("full"):
             item.add_marker(pytest.mark.skip(reason="--full was not given"))
+        elif "XT_BENCH_DRY" in os.environ and _length(item) > 4096:
+            item.add_marker(pytest.mark.skip(reason="longer than a dry run needs"))
+
+
+def _length(item: pytest.Item) -> int:
+    callspec = getattr(item, "callspec", None)
+    return callspec.params.get("length", 0) if callspec else 0
 
 
 _left_out: list[str] = []

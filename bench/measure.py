@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -470,7 +471,8 @@ def write_record(out: Path | None, record: Mapping[str, Any]) -> None:
     """Writes what a script measured under the head that all records have; None: nowhere."""
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        whole = {"schema": SCHEMA, "machine": machine(), **record}
+        made = datetime.now(UTC).isoformat(timespec="seconds")
+        whole = {"schema": SCHEMA, "made": made, "machine": machine(), **record}
         out.write_text(json.dumps(whole, indent=1) + "\n")
 
 
