@@ -491,4 +491,4 @@ def _tell(*words: str, none: str = "unknown") -> str:
         told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return none
-    return (told.strip() or none).splitlines()[0]
+    return next(iter(told.strip().splitlines()), none)

@@ -168,6 +168,12 @@ def test_commands_are_told_as_typed(monkeypatch, tmp_path):
     assert told("/lib/pytest/__main__.py", "bench") == "python -m pytest bench"
 
 
+def test_what_a_program_prints():
+    assert measure._tell("printf", "one\\ntwo") == "one"
+    assert measure._tell("true", none="") == "" and measure._tell("false") == "unknown"
+    assert measure._tell("no-such-program") == "unknown"
+
+
 def test_a_record_has_one_head(tmp_path):
     out = tmp_path / "new" / "record.json"
     measure.write_record(
