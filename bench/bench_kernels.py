@@ -243,7 +243,11 @@ def test_xl_attention_backward(benchmark, length, head_dim, memory, dtype):
     )  # fmt: skip
 
 
-HYPER = [16_384, 131_072, *full_only(716_800)] if HAS_GPU else [4096, 16_384, *full_only(32_768)]
+HYPER_LENGTHS = {
+    "cuda": [16_384, 131_072, *full_only(716_800)],
+    "cpu": [4096, 16_384, *full_only(32_768)],
+}
+HYPER = HYPER_LENGTHS[DEVICE]
 # Its backward pass of exact attention takes a minute at 16,384 tokens on a CPU.
 HYPER_BACKWARD = HYPER if HAS_GPU else [4096, *full_only(16_384, 32_768)]
 # Shorter than by default, so that the estimate is what is measured at every length.
