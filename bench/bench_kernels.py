@@ -411,7 +411,7 @@ def test_hyper_attention_plan(benchmark, window, length, dtype):
 
 # d_inner and N of the paper's Mamba; the eager form goes through every token by itself.
 INNER, STATES = (1536, 16) if HAS_GPU else (96, 16)
-SCANS = [16_384, *full_only(131_072)] if HAS_GPU else [2048, *full_only(256, 8192)]
+SCANS = [16_384, *full_only(131_072)] if HAS_GPU else [2048, *full_only(64, 8192)]
 SCAN_FACTS = {"op": "selective_scan", "batch": 1, "channels": INNER, "states": STATES}
 
 
@@ -443,10 +443,10 @@ def test_selective_scan(benchmark, request, length, backward, dtype):
     tensors = scan_inputs(length, wanted=backward, dtype=dtype)
     forms = {"token by token": reference.selective_scan, "mamba_ssm": mamba_ssm_scan}
     twin, skipped = "token by token, compiled", {}
-    if length <= 256 and request.config.getoption("--full"):
+    if length <= 64 and request.config.getoption("--full"):
         forms[twin] = torch.compile(reference.selective_scan, dynamic=False)
     else:
-        skipped[twin] = "the loop unrolls: a graph of all tokens takes minutes past 256 of them"
+        skipped[twin] = "the loop unrolls: a graph of all tokens takes minutes past 64 of them"
     grad = torch.randn_like(tensors[0])
 
     def of(form):
