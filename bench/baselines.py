@@ -12,6 +12,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
+from measure import out_of_memory
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -204,15 +205,23 @@ def mamba_ssm_scan(
 def available(
     forms: Mapping[str, Callable[..., Any]], *example: Any, **options: Any
 ) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
-    """(forms that run on `example`, name -> why not for the others)."""
+    """(forms that run on `example`, name -> why not for the others).
+
+    One that runs out of memory is no less there: `measure.compare` notes where.
+    """
     run, absent = {}, {}
     for name, form in forms.items():
         try:
             form(*example, **options)
         # Whatever a library raises on this machine is the reason.
         except Exception as error:
-            reason = str(error).strip() or type(error).__name__
-            absent[name] = reason.splitlines()[0].rstrip(".")
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            if out_of_memory(error):
+                run[name] = form
+            elif reason.startswith("No viable backend"):
+                absent[name] = "PyTorch has no such backend for these inputs on this machine"
+            else:
+                absent[name] = reason
         else:
             run[name] = form
     return run, absent

@@ -1,7 +1,7 @@
 """xT against the same Swin on the whole image: regions a second and memory, by size of the image.
 
-    pytest bench/bench_images.py --benchmark-only          # small, and where the naive form ends
-    pytest bench/bench_images.py --benchmark-only --full   # all sizes, inference and training
+    pytest bench/bench_images.py --benchmark-only          # sizes, and encoders by contexts
+    pytest bench/bench_images.py --benchmark-only --full   # all of both, and 4,096 px
 
 Each case is a process of its own (`whole_image.py`) that may take 20 GiB of memory on a CPU. Out of
 memory is a result. The time that pytest-benchmark prints is that of the process; what was measured
@@ -13,52 +13,78 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from measure import DEVICE, DTYPE, HAS_GPU, SCHEMA, run_child
+import torch
+from measure import DEVICE, DTYPE, HAS_GPU, LIMIT, SCHEMA, run_child
 
-LIMIT = None if HAS_GPU else 20 * 2**30
 SCRIPT = Path(__file__).parent / "whole_image.py"
-# (form, sides always measured, sides with --full); what runs out of memory does so within seconds.
-CASES = {
-    "inference": [
-        ("xt xl", [512, 1024, 2048], [4096]),
-        ("xt none", [512], [1024, 2048, 4096]),
-        ("xt hyper", [], [512, 1024, 2048]),
-        ("regions", [512, 1024], [2048, 4096]),
-        ("naive", [512, 1024], [2048, 4096]),
-        ("naive, window grown", [512, 2048], [1024]),
-    ],
-    "training": [
-        ("xt xl", [512], [1024, 2048]),
-        ("regions", [], [512, 1024, 2048]),
-        ("naive", [512], [1024, 2048]),
-        ("naive, window grown", [], [512, 1024]),
-    ],
+SIDES = (512, 1024, 2048)
+CONTEXTS = ("xl", "hyper", "mamba", "vit", "none")
+BATCH = 16  # regions at once
+# (mode, encoder, form) -> (sides always measured, sides with --full). What runs out of memory does
+# so within seconds.
+Cases = dict[tuple[str, str, str], tuple[tuple[int, ...], tuple[int, ...]]]
+# How long an image takes that grows, by whom.
+SIZES: Cases = {
+    ("inference", "swinv2_tiny", "xt xl"): (SIDES, (4096,)),
+    ("inference", "swinv2_tiny", "regions"): (SIDES, (4096,)),
+    ("inference", "swinv2_tiny", "naive"): (SIDES, (4096,)),
+    ("inference", "swinv2_tiny", "naive, window grown"): (SIDES, ()),
+    ("training", "swinv2_tiny", "xt xl"): ((512,), (1024, 2048)),
+    ("training", "swinv2_tiny", "naive"): ((512,), (1024, 2048)),
+    ("training", "swinv2_tiny", "regions"): ((), SIDES),
+    ("training", "swinv2_tiny", "naive, window grown"): ((), (512, 1024)),
+}
+# What region encoder and context encoder cost together; hiera_tiny takes as long as swinv2_tiny.
+MATRIX: Cases = {
+    ("inference", encoder, f"xt {context}"): ((1024,), (512, 2048))
+    if encoder != "hiera_tiny" or context in ("xl", "mamba", "none")
+    else ((), SIDES)
+    for encoder in ("swinv2_tiny", "hiera_tiny", "convnext_atto")
+    for context in CONTEXTS
+} | {
+    ("training", "swinv2_tiny", "xt hyper"): ((512,), (1024,)),
+    ("training", "swinv2_tiny", "xt mamba"): ((512,), (1024,)),
+    ("training", "swinv2_tiny", "xt vit"): ((), (512,)),
+    ("training", "convnext_atto", "xt xl"): ((), (512,)),
+    ("training", "hiera_tiny", "xt xl"): ((), (512,)),
 }
 PARAMETERS = [
-    pytest.param(mode, form, side, marks=marks)
-    for mode, rows in CASES.items()
-    for form, short, long in rows
+    pytest.param(*case, side, marks=marks)
+    for case, (short, long) in (MATRIX | SIZES).items()
     for sides, marks in ((short, []), (long, [pytest.mark.full]))
     for side in sides
 ]
 
 
-@pytest.mark.parametrize("mode, form, side", PARAMETERS)
-def test_image(benchmark, request, mode, form, side):
-    arguments = {"form": form, "side": side, "mode": mode}
-    arguments["seconds"] = 60 if request.config.getoption("--full") else 10
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("mode, encoder, form, side", PARAMETERS)
+def test_image(benchmark, request, mode, encoder, form, side):
+    arguments = {"form": form, "encoder": encoder, "side": side, "mode": mode, "batch": BATCH}
     if benchmark.disabled:
-        if side > 512 or mode == "training" or "xt none" != form:
+        if (mode, encoder, form) != ("inference", "convnext_atto", "xt none"):
             pytest.skip("one small case is enough to see that it runs")
-        arguments["rounds"] = 1
+        arguments |= {"side": 512, "rounds": 1}
+    short = 10 if (mode, encoder, form) in SIZES and mode == "inference" else 6
+    arguments["seconds"] = 60 if request.config.getoption("--full") else short
     row = {}
 
     def measure():
-        row.update(run_child(SCRIPT, arguments, LIMIT, timeout=1800))
+        row.update(run_child(SCRIPT, arguments, None if HAS_GPU else LIMIT, timeout=1800))
 
     benchmark.pedantic(measure, rounds=1)
-    facts = {"schema": SCHEMA, "device": DEVICE, "encoder": "swinv2_tiny"}
-    facts["dtype"] = str(DTYPE).removeprefix("torch.")
-    benchmark.extra_info |= facts | arguments | {"limit": LIMIT} | row
-    if form.startswith("xt "):
+    ours = form.startswith("xt ")
+    benchmark.extra_info |= {
+        "schema": SCHEMA,
+        "device": DEVICE,
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "mode": mode,
+        "encoder": encoder,
+        "form": form,
+        "context": form.removeprefix("xt ") if ours else "none",
+        "side": side,
+        "batch": 1 if form.startswith("naive") else BATCH,
+        "limit": None if HAS_GPU else LIMIT,
+    } | row
+    if ours:
         assert row["outcome"] == "measured", row

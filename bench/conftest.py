@@ -25,10 +25,37 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--full"):
+        measure.options[:] = ["--full"]
         return
     for item in items:
         if item.get_closest_marker("full"):
             item.add_marker(pytest.mark.skip(reason="--full was not given"))
+        elif "XT_BENCH_DRY" in os.environ and _length(item) > 4096:
+            item.add_marker(pytest.mark.skip(reason="longer than a dry run needs"))
+
+
+def _length(item: pytest.Item) -> int:
+    callspec = getattr(item, "callspec", None)
+    return callspec.params.get("length", 0) if callspec else 0
+
+
+_left_out: list[str] = []
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    _left_out.extend(item.nodeid.rpartition("::")[2].partition("[")[0] for item in items)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    measure.selected[:] = [
+        item.nodeid
+        for item in session.items
+        if not item.get_closest_marker("full") or session.config.getoption("--full")
+    ]
+    word = session.config.getoption("keyword")
+    if word and _left_out and not session.items:
+        names = ", ".join(sorted(set(_left_out)))
+        raise pytest.UsageError(f"no bench matches -k {word}; there are: {names}")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]):

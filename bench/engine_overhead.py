@@ -1,6 +1,6 @@
 """What the engine costs where the region encoder costs nothing: megapixels a second, in memory.
 
-    python bench/engine_overhead.py
+    python bench/engine_overhead.py [--out RECORD.json]
 
 The encoder picks one pixel of each token, so what is left is reading windows, telling equal regions
 apart, cutting and normalising, stitching, and the loop around them. Beside it the same pixels are
@@ -10,7 +10,6 @@ copied as the engine must at least: uint8 out of the image, float32 into a batch
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 import warnings
@@ -22,9 +21,9 @@ keep_memory_flat()  # before torch loads, as the command line does
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from measure import script_row, write_record  # noqa: E402
 
 import xt_models as xm  # noqa: E402
-from xt_models.host import cpu_name, num_cpus  # noqa: E402
 from xt_models.registry import RandomWeightsWarning  # noqa: E402
 from xt_models.streaming import stream_chunks  # noqa: E402
 
@@ -43,8 +42,8 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=8192)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--readers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--rounds", type=int, default=7, help="at least 2")
+    parser.add_argument("--out", type=Path, help="where to write the record, JSON")
     args = parser.parse_args()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RandomWeightsWarning)
@@ -76,21 +75,22 @@ def main() -> None:
             times[name].append(time.perf_counter() - start)
             work[name].append(time.process_time() - used)
     megapixels = side * side / 1e6
+    note = (
+        f"batches of {args.batch_size}, {args.readers} readers, {torch.get_num_threads()} threads"
+    )
+    rows = []
+    for name in times:
+        # The first round warms up.
+        for unit, found in (("Mpx/s", times[name]), ("Mpx/processor second", work[name])):
+            speeds = [megapixels / seconds for seconds in found[1:]]
+            rows.append(script_row(name, f"{side} x {side} px", speeds, unit, note))
+            print(f"{statistics.median(speeds):9.1f} {unit}  {name}")
     record = {
-        "what": "streaming with an encoder that picks pixels, against copying the same pixels",
-        "image": f"{side} x {side} x 3 uint8 in memory",
-        "batch_size": args.batch_size,
-        "readers": args.readers,
-        "cpu": cpu_name(),
-        "cores": num_cpus(),
-        "threads": torch.get_num_threads(),
-        "mpx_per_s": {k: megapixels / statistics.median(v[1:]) for k, v in times.items()},
-        "best_mpx_per_s": {k: megapixels / min(v) for k, v in times.items()},
-        "mpx_per_processor_s": {k: megapixels / statistics.median(v[1:]) for k, v in work.items()},
+        "work": "engine_overhead",
+        "title": "streaming with an encoder that picks pixels, against copying the same pixels",
+        "rows": rows,
     }
-    print(json.dumps(record, indent=1))
-    if args.out is not None:
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    write_record(args.out, record)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -66,9 +65,7 @@ def main() -> None:
         run_one(args.child[0], int(args.child[1]), args.tokens, args.dim, args.depth)
         return
 
-    import torch
-
-    from xt_models.host import cpu_name, num_cpus
+    from measure import write_record
 
     rows = []
     for gradient in args.gradients.split(","):
@@ -87,25 +84,15 @@ def main() -> None:
     through = [row["rest"] for row in rows if row["gradient"] == "through"]
     record = {
         "what": "forward and backward over chunks, peak resident memory above the model",
-        "command": " ".join(["python", "bench/gradient_memory.py", *sys.argv[1:]]),
         "tokens": args.tokens,
         "dim": args.dim,
         "depth": args.depth,
-        "cpu": cpu_name(),
-        "cores": num_cpus(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-        ).stdout.strip(),
         "largest_over_smallest": max(through) / min(through) if through else None,
         "rows": rows,
     }
     if through:
         print(f"rest, largest / smallest: {record['largest_over_smallest']:.3f}")
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    write_record(args.out, record)
 
 
 if __name__ == "__main__":

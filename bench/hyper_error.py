@@ -11,7 +11,6 @@ two real photographs. Their query is their key: like attends to like.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 from baselines import published_hyper_attention
 from inputs import clustered, gaussian, image_like, relative_error
-from measure import machine
+from measure import write_record
 
 import xt_kernels as xk
 
@@ -150,9 +149,8 @@ def main() -> None:
     shape = (1, options.heads, options.length, options.head_dim)
     rows = measured(shape, options.seeds)
     print(markdown(rows))
-    if options.out:
-        record = {"machine": machine(), "shape": shape, "seeds": options.seeds, "rows": rows}
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+    record = {"shape": shape, "dtype": "float32", "seeds": options.seeds, "rows": rows}
+    write_record(options.out, record)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Time of `hyper_attention` at one length, beside the published algorithm and exact attention.
 
-    python bench/hyper_speed.py [--length 32768] [--heads 6] [--head-dim 128]
+    python bench/hyper_speed.py [--length 32768] [--heads 6] [--head-dim 128] [--out RECORD.json]
 
 Forms run in turns; prints the median of the rounds. Exact attention, the slowest, runs once.
 """
@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 import statistics
 from functools import partial
+from pathlib import Path
 
 import torch
 from baselines import published_hyper_attention
-from measure import DEVICE, DTYPE, seconds
+from measure import DEVICE, DTYPE, script_row, seconds, write_record
 
 import xt_kernels as xk
 
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="where to write the record, JSON")
     options = parser.parse_args()
     shape = (1, options.heads, options.length, options.head_dim)
     generator = torch.Generator().manual_seed(0)
@@ -46,6 +48,16 @@ def main() -> None:
     times["scaled_dot_product_attention"] = [seconds(partial(exact, *tensors))]
     for name, found in times.items():
         print(f"{statistics.median(found):9.4f} s  {name}")
+    note = f"batch 1, {options.heads} heads of {options.head_dim}, {str(DTYPE)[6:]}, {DEVICE}"
+    record = {
+        "work": "hyper_speed",
+        "title": "hyper_attention at one length, forward",
+        "rows": [
+            script_row(name, f"{options.length:,} tokens", found, "s", note)
+            for name, found in times.items()
+        ],
+    }
+    write_record(options.out, record)
 
 
 if __name__ == "__main__":

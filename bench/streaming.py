@@ -17,6 +17,7 @@ keep_memory_flat()  # before torch loads, as the command line does
 # ruff: noqa: E402
 import argparse
 import json
+import statistics
 import tempfile
 import time
 import warnings
@@ -28,7 +29,7 @@ import numpy as np
 import tifffile
 import torch
 import zarr
-from measure import DEVICE
+from measure import DEVICE, seconds, yardstick
 
 import xt_models as xm
 from xt_models.demo import write_scene
@@ -45,6 +46,7 @@ class Clock:
     def __init__(self) -> None:
         self.wall: dict[str, list[float]] = {}
         self.processor: dict[str, list[float]] = {}
+        self.ticks: list[float] = []
 
     def run(self, name: str, work: Callable[[], Any]) -> Any:
         """What `work()` gives."""
@@ -54,6 +56,7 @@ class Clock:
             torch.cuda.synchronize()
         self.wall.setdefault(name, []).append(time.perf_counter() - start)
         self.processor.setdefault(name, []).append(time.process_time() - begun)
+        self.ticks.append(seconds(yardstick(DEVICE)))
         return result
 
 
@@ -163,7 +166,11 @@ def main() -> None:
             regions = against_the_encoder(model, Path(folder), args.side, args.rounds, clock)
         else:
             regions = with_reuse(model, Path(folder), args.rounds, clock)
-    print(json.dumps({"wall": clock.wall, "processor": clock.processor, "regions": regions}))
+    row = {"wall": clock.wall, "processor": clock.processor, "regions": regions, "batch": BATCH}
+    row["threads"] = torch.get_num_threads()
+    if clock.ticks:
+        row["yardstick"] = statistics.median(clock.ticks)
+    print(json.dumps(row))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -79,13 +78,11 @@ def main() -> None:
         return
 
     import torch
-
-    from xt_models.host import cpu_name, num_cpus
+    from measure import write_record
 
     names = ("encoder", "size", "region", "chunk_regions", "recompute")
     record: dict[str, Any] = {
         "what": "forward, loss and backward of one image; peak resident memory of it",
-        "command": " ".join(["python", "bench/train_step.py", *sys.argv[1:]]),
         **{name: getattr(args, name) for name in names},
     }
     if args.rounds:
@@ -114,20 +111,7 @@ def main() -> None:
     if {"context", "kept"} <= set(peaks):
         record["peak_ratio"] = peaks["context"] / peaks["kept"]
         print(f"recompute / kept, peak memory: {record['peak_ratio']:.3f}")
-    record |= {
-        "peaks": peaks,
-        "cpu": cpu_name(),
-        "cores": num_cpus(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-        ).stdout.strip(),
-    }
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    write_record(args.out, record | {"peaks": peaks, "threads": torch.get_num_threads()})
 
 
 if __name__ == "__main__":

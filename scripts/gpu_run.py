@@ -4,8 +4,9 @@
     python scripts/gpu_run.py --dry          # the same walk, tiny, through Triton's interpreter
 
 Steps: the kernel tests on the GPU; each tuning config alone, on outputs filled with NaN; the
-shipped config 250 times over, compared bit by bit; the kernel benches. Needs torch, Triton, timm,
-pytest and pytest-benchmark, nothing else.
+shipped config 250 times over, compared bit by bit; the benches of kernels, then of whole images
+and of streaming. Needs torch, Triton, timm, pytest and pytest-benchmark, nothing else; what needs
+zarr or imagecodecs is noted as skipped where they are not.
 
 Work is done in child processes that note each finished item at once, and the JSON in --out is
 replaced after each of them, so a run that is cut off keeps what it has. Started again with the same
@@ -25,6 +26,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -122,7 +124,10 @@ def child_tests(notes: Notes, file: Path, dry: bool) -> None:
 
 
 def child_benches(notes: Notes, file: Path, dry: bool) -> None:
-    """Run the kernel benches; pytest-benchmark's numbers go into the notes."""
+    """Run one file of benches; pytest-benchmark's numbers go into the notes.
+
+    Dry, those of models run one small case without numbers.
+    """
     import pytest
 
     class Numbers(PytestNotes):
@@ -148,9 +153,13 @@ def child_benches(notes: Notes, file: Path, dry: bool) -> None:
                     item.nodeid, outcome, call.duration, message=str(call.excinfo.value)
                 )
 
-    arguments = [*pytest_arguments(file), "--benchmark-only"]
-    if dry:
-        arguments += ["--benchmark-max-time=0.01", "--benchmark-min-rounds=1"]
+    arguments = pytest_arguments(file)
+    if not dry:
+        arguments.append("--benchmark-only")
+    elif file.stem != "bench_kernels":
+        arguments.append("--benchmark-disable")
+    else:
+        arguments += ["--benchmark-only", "--benchmark-max-time=0.01", "--benchmark-min-rounds=1"]
         os.environ["XT_BENCH_MEMORY"] = "off"  # on a CPU a process for each bench
     finish(pytest.main(arguments, plugins=[Numbers(notes)]))
 
@@ -243,12 +252,13 @@ def plan(tests: Path, bench: Path, only: list[str]) -> list[tuple[str, Path]]:
     texts = {file: file.read_text() for file in files}
     marked = [f for f in files if is_kernel_test(f) or re.search(r"mark\.gpu\b", texts[f])]
     cases = [f for f in files if re.search(r"^def gpu_cases\(", texts[f], re.MULTILINE)]
-    benches = sorted(bench.glob("bench_kernels.py"))
+    order = ("bench_kernels.py", "bench_images.py", "bench_models.py")
+    benches = [bench / name for name in order if (bench / name).exists()]
     steps = {"tests": marked, "configs": cases, "repeats": cases, "benches": benches}
     return [(step, file) for step in STEPS if step in only for file in steps[step]]
 
 
-def environment(dry: bool, commit: str) -> dict[str, str]:
+def environment(dry: bool, commit: str) -> dict[str, Any]:
     """What the numbers belong to."""
     import torch
     import triton
@@ -263,8 +273,7 @@ def environment(dry: bool, commit: str) -> dict[str, str]:
 
     if not commit:
         commit = output("git", "rev-parse", "HEAD") or "unknown"
-        if output("git", "status", "--porcelain", "--untracked-files=no"):
-            commit += "+changes"
+    dirty = output("git", "status", "--porcelain", "--untracked-files=no") != ""
     gpu = "none (interpreter)" if dry else torch.cuda.get_device_name()
     driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split(
         "\n"
@@ -277,21 +286,24 @@ def environment(dry: bool, commit: str) -> dict[str, str]:
         "triton": triton.__version__,
         "python": platform.python_version(),
         "commit": commit,
+        "dirty": dirty,
+        "command": shlex.join(["python", "scripts/gpu_run.py", *sys.argv[1:]]),
     }
 
 
 class Record:
     """The JSON: items by step, replaced on disk as a whole so that no reader sees half of it."""
 
-    def __init__(self, path: Path, about: dict[str, str], minutes: float, fresh: bool) -> None:
+    def __init__(self, path: Path, about: dict[str, Any], minutes: float, fresh: bool) -> None:
         self.path = path
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self.data: dict[str, Any] = {"environment": about, "started": now, "steps": {}}
+        self.data: dict[str, Any] = {"environment": about, "made": now, "steps": {}}
         if path.exists() and not fresh:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, KeyError):
                 old = json.loads(path.read_text())
-                if old.get("environment") == about:
-                    self.data = old
+                # Another command, such as one with more minutes, goes on with the same work.
+                if old["environment"] | {"command": about["command"]} == about:
+                    self.data = old | {"environment": about}
         self.data["minutes"] = minutes
         self.data["complete"] = False
 

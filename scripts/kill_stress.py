@@ -1,6 +1,6 @@
 """Kills runs with `kill -9` at random moments, goes on, and compares every byte.
 
-    python scripts/kill_stress.py --kills 200
+    python scripts/kill_stress.py --kills 200 [--out RECORD.json]
 
 Each round starts a run in a process of its own, kills it, kills the run that goes on with even
 chance, lets one go on to the end, and compares the folder with that of a run that nobody stopped.
@@ -84,6 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="where to write the record, JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)  # and nothing runs before the forks: a child has no pool of threads
     chance = random.Random(args.seed)
@@ -117,6 +118,17 @@ def main() -> None:
         f"{kills} kills in {rounds} runs, {resumed} of them went on from a checkpoint: "
         f"all outputs identical, no leftover file"
     )
+    if args.out is not None:
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+        from measure import script_row, write_record
+
+        note = f"{rounds} runs, {resumed} of them went on from a checkpoint"
+        rows = [
+            script_row("outputs with other bytes", f"{kills} kills", 0.0, "", note),
+            script_row("leftover files", f"{kills} kills", 0.0, "", note),
+        ]
+        title = "runs killed at random moments (kill -9), then taken up again"
+        write_record(args.out, {"work": "kill_stress", "title": title, "rows": rows})
 
 
 if __name__ == "__main__":

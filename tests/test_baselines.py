@@ -15,6 +15,9 @@ import inputs
 from baselines import published_hyper_attention
 from inputs import relative_error
 
+# Its option belongs to the benches, which some tests import.
+pytestmark = pytest.mark.filterwarnings("ignore:Unknown pytest.mark.full")
+
 
 def small(length, seed=0, dim=16, heads=2):
     return inputs.clustered((1, heads, length, dim), seed, clusters=length // 16)
@@ -178,6 +181,63 @@ def test_what_is_missing_is_told():
     )
     assert list(run) == ["good"] and sorted(absent) == ["bad", "worse"]
     assert absent["worse"] and "\n" not in absent["bad"]
+
+
+def test_memory_that_ran_out_is_no_reason_to_be_absent():
+    def greedy(_):
+        return torch.empty(1 << 60)
+
+    def no_backend(_):
+        raise RuntimeError("No viable backend for x was found. This is likely due to turning off.")
+
+    run, absent = baselines.available({"greedy": greedy, "none": no_backend}, 0)
+    assert list(run) == ["greedy"] and "has no such backend" in absent["none"]
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_pairs_that_are_counted_are_those_that_are_scored(is_causal):
+    """What the floors of the bench rest on, against the definition's weights."""
+    import bench_kernels
+
+    import xt_kernels as xk
+    from xt_kernels.hyper_attention import reference
+
+    query, key, _ = small(4096, dim=16, heads=1)
+    plan = xk.make_plan(query, key, is_causal=is_causal, min_seq_len=bench_kernels.HYPER_LEAST)
+    seen = int((~reference._log_weights(plan, key).isneginf()).sum())
+    counted = bench_kernels.estimated_pairs(query, key, is_causal)
+    # A sampled key within a query's own window is scored and masked.
+    assert seen <= counted <= 1.1 * seen
+    assert bench_kernels.exact_pairs(4096, True) == 4096 * 4097 // 2
+
+
+@pytest.mark.parametrize("fault", [None, "query", "key", "value"])
+def test_the_bench_sees_a_wrong_gradient(monkeypatch, fault):
+    import bench_kernels
+
+    right = bench_kernels.with_gradients
+
+    def faulty(form, tensors, grad):
+        found = dict(zip(bench_kernels.PARTS, right(form, tensors, grad), strict=True))
+        if fault and tensors[0].dtype == torch.float32:
+            found[fault] = found[fault] * 1.001
+        return tuple(found.values())
+
+    monkeypatch.setattr(bench_kernels, "with_gradients", faulty)
+    for options in bench_kernels.ESTIMATES.values():
+        if fault is None:
+            bench_kernels.check_gradients(torch.float32, options)
+        else:
+            with pytest.raises(AssertionError, match=f"hyper_attention: {fault} is off by 0.001"):
+                bench_kernels.check_gradients(torch.float32, options)
+
+
+def test_published_lengths_of_the_bench_need_no_padding():
+    import bench_kernels
+
+    for values in bench_kernels.HYPER_LENGTHS.values():
+        lengths = [getattr(value, "values", (value,))[0] for value in values]
+        assert max(lengths) > 16_384 and all(length % 256 == 0 for length in lengths)
 
 
 def test_merged_parts_are_the_whole():
