@@ -158,6 +158,19 @@ def test_the_table_is_of_the_encoder_with_naive_rows(tmp_path):
     assert "| other | 512 px a side | 2 s, 99.00 regions/s" in matrix
 
 
+def test_each_form_tells_its_own_batch(tmp_path):
+    forms = {"xt xl": 16, "naive": 1}
+    alike = [image(form, 512, batch=16, threads=2) for form in forms]
+    unlike = [image(form, 512, batch=batch, threads=2) for form, batch in forms.items()]
+    told = section(page(write(tmp_path / "i.json", *alike), tmp_path), "Whole images")
+    assert "All rows: cpu, float32, batch 16, 2 threads." in told
+    told = section(page(write(tmp_path / "i.json", *unlike), tmp_path), "Whole images")
+    assert (
+        "xT (context xl): cpu, float32, batch 16, 2 threads. naive Swin, window kept: cpu," in told
+    )
+    assert "All rows" not in told
+
+
 def test_exact_attention_is_told_to_be_used_where_it_is_faster(tmp_path):
     file = write(
         tmp_path / "a.json", attention(1024, 0.002, 0.001), attention(4096, 0.01, 0.04),
@@ -209,8 +222,7 @@ def test_floors_are_of_the_form_that_they_bound(tmp_path):
 
 
 def test_out_of_memory_of_a_form_is_a_result(tmp_path):
-    lost = {"sdpa math": {"outcome": "out of memory", "limit": 20 * 2**30}}
-    bench = attention(4096, 0.01, 0.04, outcomes=lost)
+    bench = attention(4096, 0.01, 0.04, out_of_memory={"sdpa math": 20 * 2**30})
     for key in ("seconds", "ratio", "error"):
         del bench["extra_info"][key]["sdpa math"]
     rows = section(page(write(tmp_path / "a.json", bench), tmp_path), "hyper_attention")
@@ -330,6 +342,8 @@ def test_plots_name_the_machine_and_repeat(results, tmp_path):
         "i-image-memory.svg", "i-image-time.svg", "k-some_op-floor.svg", "k-some_op-memory.svg",
         "k-some_op-time.svg", "memory-by-image.svg",
     ]  # fmt: skip
+    text = (tmp_path / "one" / "report.md").read_text()
+    assert sorted(re.findall(r"\]\(plots/(.*?)\)", text)) == sorted(files)
     for name, file in files.items():
         assert "commit 0123456" in file.read_text()
         assert file.read_bytes() == (tmp_path / "two" / "plots" / name).read_bytes()
@@ -516,8 +530,8 @@ def test_records_of_scripts(tmp_path):
     assert "| Long | exact | 32k | 16.8 s | once | [" in text
     short = readme.read_text()
     assert "| Long | ours 32,768 0.49 s; exact 32k 16.8 s (once) | r" in short
-    shared = "| vessels, F1 in percent, 2 seeds | without context at most 39.5 (no context; highest possible 40.0); "
-    shared += "all of it 99.0 ± 1.0 | r"
+    shared = "| vessels, F1 in percent, 2 seeds | without context at most 39.5 (no context; "
+    shared += "highest possible 40.0); all of it 99.0 ± 1.0 | r"
     assert shared in short
     assert ": `python bench/hyper_speed.py`, 2 cores" in short
     assert re.search(r"r\d: command not recorded, 2 cores of AMD, no commit recorded", short)

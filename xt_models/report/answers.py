@@ -20,9 +20,11 @@ from .text import (
     duration_text,
     error_text,
     join,
+    markdown,
     number_text,
     outcome_text,
     seconds_text,
+    shape_text,
     shaped,
     size_number,
     size_text,
@@ -77,11 +79,18 @@ def whole_image_answer(rows: Sequence[Row], cite: Cite) -> list[str]:
         body.append([size_text(firsts[-1]), *cells, cite_all(forms.values(), cite)])
     told = [text for form in (NAIVE, GROWN, ALONE) if (text := against_xt(form, sizes))]
     advice = bottom_line(sizes)
-    table = shaped(firsts, (["image", *_NAMES.values(), "source"], body))
+    shapes = {
+        name: {shape_text(forms[form]) for forms in sizes.values() if form in forms}
+        for form, name in _NAMES.items()
+    }
+    alike = len(set().union(*shapes.values())) == 1
+    each = [f"{name}: {'; '.join(sorted(found))}" for name, found in shapes.items() if found]
+    shape = f"All rows: {shape_text(firsts[0])}." if alike else f"{'. '.join(each)}."
     return [
         *([f"**{advice}**\n"] if advice else []),
         f"One whole image, inference, region encoder `{encoder}`: time, regions/s, peak memory "
-        "above the model. A batch is of regions.\n", *table, bullets(told),
+        f"above the model. {shape} A batch is of regions, of naive forms of images.\n",
+        markdown((["image", *_NAMES.values(), "source"], body)), bullets(told),
     ]  # fmt: skip
 
 

@@ -150,6 +150,7 @@ def _image(info: Field, path: Path) -> Iterator[Row]:
         yardstick=info["yardstick"].positive() if "yardstick" in info else None,
         encoder=encoder, context=context, mode=mode,
         region=info["region"].whole(1) if "region" in info else None,
+        cold=info["warm"].value is False,
     )  # fmt: skip
 
 
@@ -180,6 +181,7 @@ def _forms(info: Field, path: Path) -> Iterator[Row]:
             return info[key].positive() if exact[0] == exact[1] else None
         return of_form(key, form)
 
+    num_bytes = info["bytes"].positive() if "bytes" in info else None
     for form, seconds in spreads.items():
         memory = of_form("memory", form)
         yield replace(
@@ -187,13 +189,11 @@ def _forms(info: Field, path: Path) -> Iterator[Row]:
             ratio=None if form == first else Spread.read(info["ratio"][form]),
             memory=None if memory is None else int(memory), error=of_form("error", form), unit=unit,
             per_s=per_s * spreads[first].median / seconds.median if unit else None,
-            floor=work("floor", form), num_bytes=work("bytes", form), flops=work("flops", form),
+            floor=work("floor", form), num_bytes=num_bytes, flops=work("flops", form),
         )  # fmt: skip
-    for form, item in info["outcomes"].items() if "outcomes" in info else ():
-        yield replace(
-            common, form=form, outcome=item["outcome"].one_of(*_OUTCOMES[1:]),
-            limit=item["limit"].whole(1) if "limit" in item else None,
-        )  # fmt: skip
+    lost = info["out_of_memory"]
+    for form, limit in lost.items() if lost.value else ():
+        yield replace(common, form=form, outcome="out of memory", limit=limit.whole(1))
 
 
 # Scripts

@@ -99,7 +99,8 @@ def _sections(
             parts += [f"### {mode.title()}\n", *matrix]
     images = [row for row in rows if row.op == "image"]
     if images:
-        parts += folded("All forms, with spread", _measured(images, cite))
+        shown = [*pictures.get("image", ()), *_measured(images, cite)]
+        parts += folded("All forms, with their spread", shown)
     yield "Region encoders and contexts", parts
 
     scaling = [row for row in rows if row.op == SCALING]

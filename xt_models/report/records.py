@@ -62,7 +62,7 @@ class Row:
     relative to the exact answer; per_s units a second; floor: seconds that a copy or a matrix
     product of the work of this form takes; num_bytes, flops: that work; yardstick: seconds that one
     and the same work took in the bench of the row. encoder, context, mode: of whole images; region:
-    side of one, pixels.
+    side of one, pixels; cold: timed by its first call.
     """
 
     op: str
@@ -89,6 +89,7 @@ class Row:
     context: str = ""
     mode: str = ""
     region: int | None = None
+    cold: bool = False
 
     @property
     def key(self) -> tuple[Any, ...]:

@@ -33,6 +33,7 @@ def measured(rows: Sequence[Row], cite: Cite) -> list[str]:
         elif row.seconds:
             s = row.seconds
             time = range_text(s, *(seconds_text(value) for value in (s.median, s.p20, s.p80)))
+            time += " (the first call)" if row.cold else ""
         if row.ratio:
             r = row.ratio
             ratio = "x " + range_text(r, *(f"{value:.2f}" for value in (r.median, r.p20, r.p80)))
