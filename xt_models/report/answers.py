@@ -80,12 +80,12 @@ def whole_image_answer(rows: Sequence[Row], cite: Cite) -> list[str]:
     told = [text for form in (NAIVE, GROWN, ALONE) if (text := against_xt(form, sizes))]
     advice = bottom_line(sizes)
     shapes = {
-        name: {shape_text(forms[form]) for forms in sizes.values() if form in forms}
+        name: {shape_text(f[form]) for f in sizes.values() if form in f and f[form].seconds}
         for form, name in _NAMES.items()
     }
     alike = len(set().union(*shapes.values())) == 1
     each = [f"{name}: {'; '.join(sorted(found))}" for name, found in shapes.items() if found]
-    shape = f"All rows: {shape_text(firsts[0])}." if alike else f"{'. '.join(each)}."
+    shape = f"All rows: {each[0].partition(': ')[2]}." if alike else f"{'. '.join(each)}."
     return [
         *([f"**{advice}**\n"] if advice else []),
         f"One whole image, inference, region encoder `{encoder}`: time, regions/s, peak memory "
@@ -331,29 +331,40 @@ def least_errors(rows: Sequence[Row]) -> list[tuple[str, float, str]]:
 
 
 def by_scripts(records: Sequence[Record], cite: Cite) -> Table:
-    """A line for each small task and each script, in few words; sources name the command."""
-    lines = []
+    """A line for each small task and each script, in few words."""
+    lines = few_scores(records, cite)[1]
     for record in records:
-        base = [s for s in record.scores if "," not in s.source.partition(", ")[2]]
-        if base:
+        for title, group in groupby(record.entries, key=lambda e: e.title):
+            entries = list(group)
+            notes = {e.note for e in entries}
             told = [
-                f"{s.title} {s.mean:.1f} ± {s.half_width:.1f}" for s in base if s.ceiling is None
+                " ".join(part for part in (e.form, e.size, entry_text(e)) if part)
+                + (f" ({e.note})" if e.note and len(notes) > 1 else "")
+                for e in entries
             ]
-            if bounded := [s for s in base if s.ceiling is not None]:
-                best = max(bounded, key=lambda s: s.mean)
-                told.insert(0, f"without context at most {best.mean:.1f} ({best.title}; "
-                               f"highest possible {best.ceiling:.1f})")  # fmt: skip
-            what = f"{base[0].task}, {base[0].metric} in percent, {len(base[0].seeds)} seeds"
-            lines.append([what, "; ".join(told), cite(base[0].source)])
-        titles: dict[str, list[str]] = {}
-        for e in record.entries:
-            name = " ".join(part for part in (e.form, e.size) if part)
-            note = f" ({e.note})" if e.note else ""
-            titles.setdefault(e.title, []).append(f"{name} {entry_text(e)}{note}".strip())
-        lines += [
-            [t, "; ".join(told), cite(record.entries[0].source)] for t, told in titles.items()
-        ]
+            common = f"{title}, {notes.pop()}" if len(notes) == 1 and "" not in notes else title
+            lines.append([common, "; ".join(told), cite(entries[0].source)])
     return ["what", "measured", "source"], lines
+
+
+def few_scores(records: Sequence[Record], cite: Cite) -> Table:
+    """A line for each small task."""
+    lines = [line for record in records for line in _few_scores(record, cite)]
+    return ["what", "measured", "source"], lines
+
+
+def _few_scores(record: Record, cite: Cite) -> list[list[str]]:
+    """The best of what is bounded without context, and all that is not; at the size of training."""
+    scores = [s for s in record.scores if not s.size]
+    if not scores:
+        return []
+    told = [f"{s.title} {s.mean:.1f} ± {s.half_width:.1f}" for s in scores if s.ceiling is None]
+    if bounded := [s for s in scores if s.ceiling is not None]:
+        best = max(bounded, key=lambda s: s.mean)
+        told.insert(0, f"without context at most {best.mean:.1f} ({best.title}; highest possible "
+                       f"{best.ceiling:.1f})")  # fmt: skip
+    what = f"{scores[0].task}, {scores[0].metric} in percent, {len(scores[0].seeds)} seeds"
+    return [[what, "; ".join(told), cite(scores[0].source)]]
 
 
 Answer = Callable[[Sequence[Row], Cite], list[str]]

@@ -275,18 +275,16 @@ def _from_errors(record: Record, data: Field) -> None:
 
 def _from_task(record: Record, data: Field) -> None:
     for name, item in data["rows"].items():
-        sizes = {"": item} | (
-            {f", {at}": of for at, of in item["more"].items()} if item["more"].value else {}
-        )
-        for at, result in sizes.items():
+        more = item["more"].items() if item["more"].value else ()
+        for at, result in (("", item), *more):
             key = next((key for key in _METRICS if key in result), None)
             if key is None:
                 raise result.broken(f"an object with {' or '.join(_METRICS)}")
             shown = Score(
-                data["task"].text(), item["title"].text() + at, _METRICS[key],
+                data["task"].text(), item["title"].text(), at, _METRICS[key],
                 result[key].numbers(), result["mean"].number(), result["half_width_95"].number(0),
                 item["ceiling"].number() if "ceiling" in item else None,
-                f"{record.path.name}, {name}{at}",
+                ", ".join(part for part in (record.path.name, name, at) if part),
             )  # fmt: skip
             record.scores.append(shown)
 

@@ -11,7 +11,7 @@ from . import answers, tables
 from .fields import RecordError
 from .formats import ERRORS, SCALING
 from .html import anchor, to_html
-from .paper import FIGURE_6, paper_tables
+from .paper import FIGURE_6, NOT, paper_tables
 from .plots import draw
 from .records import Record, Row
 from .text import bullets, folded, markdown
@@ -128,15 +128,18 @@ def _sections(
     yield "Streams, pages and training", parts
 
     scores = [score for record in records for score in record.scores]
-    yield (
-        "Small tasks that need context",
-        [markdown(tables.scores_table(scores, cite))] if scores else [],
-    )
+    yield "Small tasks that need context", [
+        markdown(answers.few_scores(records, cite)),
+        *folded("All rows, each seed", [markdown(tables.scores_table(scores, cite))]),
+    ] if scores else []  # fmt: skip
     entries = [entry for record in records for entry in record.entries]
     yield "Measured by scripts", [markdown(tables.entries_table(entries, cite))] if entries else []
     parts = [f"{FIGURE_6}\n"]
-    for title, table in paper_tables(rows, cite):
-        parts += [f"### {title}\n", markdown(table)]
+    for title, (head, body) in paper_tables(rows, cite):
+        ours = [line for line in body if NOT not in line]
+        parts += [f"### {title}\n", markdown((head, ours)) if ours else "None of ours measured.\n"]
+        if others := [line for line in body if NOT in line]:
+            parts += folded("Rows of the paper without one of ours", [markdown((head, others))])
     yield "The paper beside it", parts
 
 

@@ -73,7 +73,7 @@ def _speeds(rows: Sequence[Row], cite: Cite) -> tuple[str, Table]:
         encoder, context = _ENCODERS[row["model"]], _CONTEXTS[row["context"]]
         form = "naive" if not row["context"] else f"xt {context}"
         ours = _image(rows, encoder, form, side, "inference")
-        cells = [NOT] * 3 + [""]
+        cells = [NOT, NOT, "", ""]
         if ours is not None and ours.per_s:
             memory = bytes_text(ours.memory) if ours.memory else NOT
             cells = [f"{ours.per_s:.2f}", memory, _measured_on(ours), cite(ours.source)]

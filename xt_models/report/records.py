@@ -113,11 +113,13 @@ class Row:
 @dataclass(frozen=True)
 class Score:
     """How well the models of one row of a small task did: percent of each seed, their mean with its
-    95 % interval, and the highest that is possible without context, if that is proven.
+    95 % interval, and the highest that is possible without context, if that is proven. size: of the
+    images, where it is another than in training.
     """
 
     task: str
     title: str
+    size: str
     metric: str
     seeds: list[float]
     mean: float

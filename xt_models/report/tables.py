@@ -95,13 +95,13 @@ def scores_table(scores: Iterable[Score], cite: Cite) -> Table:
     """Percent on the test set: each seed, and their mean with its 95 % interval."""
     body = [
         [
-            f"{s.task}, {s.title}", s.metric, ", ".join(f"{x:.1f}" for x in s.seeds),
-            f"{s.mean:.1f} ± {s.half_width:.1f}", "" if s.ceiling is None else f"{s.ceiling:.1f}",
-            cite(s.source),
+            ", ".join(part for part in (s.task, s.title, s.size) if part), s.metric,
+            ", ".join(f"{x:.1f}" for x in s.seeds), f"{s.mean:.1f} ± {s.half_width:.1f}",
+            "" if s.ceiling is None else f"{s.ceiling:.1f}", cite(s.source),
         ]
         for s in scores
     ]  # fmt: skip
-    head = ["row", "percent of", "each seed", "mean", "highest possible without context", "source"]
+    head = ["row", "percent of", "each seed", "mean", "highest possible", "source"]
     return head, body
 
 
