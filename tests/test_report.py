@@ -397,6 +397,25 @@ def test_out_of_memory_is_drawn_at_its_limit(tmp_path):
     assert (start - end) / (flat - start) > 2 and end > 0
 
 
+def test_in_short_shows_where_forms_end(tmp_path):
+    """Ours with the naive forms of its encoder, not a longer record of another encoder."""
+
+    def row(form, side, **more):
+        measured = {"outcome": "measured", "seconds": 1.0, "above_model": 2**28}
+        there = {"height": side, "width": side, "regions_per_s": 4.0, "encoder": "tiny"}
+        return measured | there | {"form": form} | more
+
+    sides = [512 * 2**step for step in range(6)]
+    rows = [row("ours", side) for side in sides] + [row("naive", 512)]
+    rows += [row("naive", side, outcome="out of memory", limit=2**34) for side in sides[3:5]]
+    rows += [row("ours", side + 1, encoder="other") for side in range(9)]
+    data = MACHINE | {"compression": "jpeg", "encoder": "tiny", "context": "xl", "rows": rows}
+    (tmp_path / "m.json").write_text(json.dumps(data))
+    short = section(page(tmp_path / "m.json", tmp_path), "In short")
+    assert "| memory scaling, tiny, xl, jpeg | 0.262 / 16.8 / 268 Mpx | ours 256 MiB / 256" in short
+    assert "; naive 256 MiB / out of memory / - |" in short
+
+
 def test_roofline(tmp_path):
     """A point for each form with bytes and operations, under the ceilings of the record."""
     work = {"bytes": 10**9, "flops": 10**10, "floor": 0.5}
@@ -407,7 +426,8 @@ def test_roofline(tmp_path):
     assert "![Operations a second" in section(page(file, tmp_path), "Kernels")
     drawn = (tmp_path / "out" / "plots" / "a-roofline.svg").read_text()
     assert "copy 10 GB/s" in drawn and "matrix product 20 GFLOP/s" in drawn
-    assert "some_op, forward, 1: ours" in drawn and "some_op, forward, 2: ours" not in drawn
+    # Twice: a point and its like in the legend.
+    assert "some_op: ours" in drawn and "some_op: eager" in drawn
     page(write(tmp_path / "a.json", kernel(1, 1.0, 2.0)), tmp_path, "none")
     assert not (tmp_path / "none" / "plots" / "a-roofline.svg").exists()
 
@@ -535,6 +555,20 @@ def test_records_of_scripts(tmp_path):
     assert shared in short
     assert ": `python bench/hyper_speed.py`, 2 cores" in short
     assert re.search(r"r\d: command not recorded, 2 cores of AMD, no commit recorded", short)
+
+
+def test_what_is_missing_beside_a_row_is_no_failure(tmp_path):
+    """Plans without the published one, attention without exact, only rows that ran out."""
+    data = plans()
+    data["rows"] = data["rows"][1:]
+    (tmp_path / "plans.json").write_text(json.dumps(data))
+    alone = attention(1, 1.0, 1.0)["extra_info"]
+    alone |= {key: {"ours": alone[key]["ours"]} for key in ("seconds", "error")} | {"ratio": {}}
+    lost = image("naive", 512, "out of memory")
+    write(tmp_path / "b.json", {"fullname": "t", "extra_info": alone}, lost)
+    text = page(tmp_path, tmp_path)
+    assert "### Attention" not in text and "| tile | x 0.25 | 2 |" in text
+    assert "| 512 px a side | not measured | out of memory (limit 20 GiB) |" in text
 
 
 # Two records

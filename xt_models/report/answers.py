@@ -85,7 +85,7 @@ def whole_image_answer(rows: Sequence[Row], cite: Cite) -> list[str]:
     }
     alike = len(set().union(*shapes.values())) == 1
     each = [f"{name}: {'; '.join(sorted(found))}" for name, found in shapes.items() if found]
-    shape = f"All rows: {each[0].partition(': ')[2]}." if alike else f"{'. '.join(each)}."
+    shape = f"All rows: {each[0].partition(': ')[2]}." if alike else ". ".join([*each, ""])
     return [
         *([f"**{advice}**\n"] if advice else []),
         f"One whole image, inference, region encoder `{encoder}`: time, regions/s, peak memory "
@@ -228,6 +228,8 @@ def your_image(rows: Sequence[Row], cite: Cite) -> list[str]:
         return []
     body, firsts = [], []
     for (encoder, context, op), group in sorted(bases.items()):
+        if op == "image" and (encoder, context, SCALING) in bases:
+            continue
         slow, fast = (pick(group, key=lambda r: r.per_s or 0) for pick in (min, max))
         most = max(row.memory or 0 for row in group)
         side = group[0].region or 256
@@ -275,10 +277,12 @@ def in_short(records: Sequence[Record], cite: Cite) -> Table:
         if op == ERRORS:
             members, what = group[:1], op
             best = sorted((share, work) for work, share, _ in least_errors(group))
-            told = " to ".join(f"{share:.2f} ({work})" for share, work in (best[0], best[-1]))
+            told = " to ".join(f"{share:.2f} ({work})" for share, work in (*best[:1], *best[-1:]))
             cells = [size_text(group[0]), f"of the error of {group[0].first}, at best: {told}"]
+            if not best:
+                continue
         else:
-            members = max(_by_variant(group), key=_telling)
+            members = _scaling(group) if op == SCALING else max(_by_variant(group), key=_telling)
             what = f"{op}, {members[0].variant}" if members[0].variant else op
             cells = list(_in_line(members))
         lines.append([what, *cells, cite_all(members, cite)])
@@ -291,14 +295,34 @@ def _telling(rows: Sequence[Row]) -> tuple[bool, bool, int]:
     return "backward" not in variant, "forward" in variant, len(rows)
 
 
+def _scaling(rows: Sequence[Row]) -> list[Row]:
+    """Ours, and the naive forms of its encoder: where there are most of them, then most of ours."""
+    ours = _by_variant(row for row in rows if row.form == "ours")
+    naive = [row for row in rows if row.form != "ours"]
+
+    def beside(group: list[Row]) -> list[Row]:
+        return [row for row in naive if row.encoder == group[0].encoder]
+
+    best = max(ours, key=lambda group: (len(beside(group)), len(group)), default=[])
+    return [*best, *beside(best)] if best else naive
+
+
 def _by_variant(rows: Iterable[Row]) -> list[list[Row]]:
     ordered = sorted(rows, key=lambda r: r.variant)
     return [list(group) for _, group in groupby(ordered, key=lambda r: r.variant)]
 
 
 def _in_line(rows: Sequence[Row]) -> tuple[str, str]:
-    """`1 / 16 regions` and `ours 66 µs / 727 µs; views x 0.56 / x 0.96`."""
+    """`1 / 16 regions` and `ours 66 µs / 727 µs; views x 0.56 / x 0.96`; of more than four sizes
+    the least, the largest, and where forms end.
+    """
     sizes = sorted({row.size for row in rows})
+    if len(sizes) > 4:
+        ends: dict[str, float] = {}
+        for row in sorted(rows, key=lambda r: r.size):
+            if row.outcome != "measured":
+                ends.setdefault(row.form, row.size)
+        sizes = sorted({sizes[0], sizes[-1], *ends.values()})
     axis = rows[0].axis
     cells: dict[str, dict[float, str]] = {}
     for row in sorted(rows, key=lambda r: r.form != r.first):

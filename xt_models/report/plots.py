@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import cycle, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ _AXES = {
     "length": "tokens", "regions": "regions", "side": "side of the image, px",
     "pixels": "megapixels of the image", "chunks": "chunks",
 }  # fmt: skip
-_COLORS = {"ours": "C0", "naive": "C1", "naive, window grown": "C3"}
 
 Pictures = dict[str, list[tuple[str, Path]]]
 
@@ -93,43 +92,42 @@ def _series(rows: Sequence[Row]) -> list[tuple[tuple[str, str], list[Row]]]:
 def _curves(
     axes: Any, rows: list[Row], value: Callable[[Row], float | None],
     end: Callable[[Row], float | None] = lambda row: None, label: str = "{variant}: {form}",
-    by_form: bool = False,
 ) -> int:  # fmt: skip
     """A line for each work and form over its sizes; the number of points that show growth.
 
     end: where a row that ran out of memory is drawn, joined by dashes to what was measured.
-    by_form: one colour for each form, and a marker for each work.
+    A form has a colour, a work a marker and a style of line; one size alone shows no growth.
     """
-    points = 0
-    markers: dict[str, Iterator[str]] = {}
+    points = ends = 0
+    forms = list(dict.fromkeys(row.form for row in sorted(rows, key=lambda r: r.form != "ours")))
     unit = 1e6 if rows[0].axis == "pixels" else 1
     for (variant, form), group in _series(rows):
         line = [(row.size / unit, y) for row in group if row.size and (y := value(row))]
         lost = [(row.size / unit, row) for row in group if row.outcome == "out of memory"]
-        if len(line) + len(lost) > 1:
-            points += len(line) + len(lost)
+        if len(line) + len(lost) < 2:
+            continue
+        points += len(line) + len(lost)
         name = label.format(variant=variant, form=form)
-        color = _COLORS.get(form) if by_form else None
-        marker = next(markers.setdefault(form if by_form else name, cycle("os^Dv")))
+        color = f"C{forms.index(form) % 10}"
+        place = list(dict.fromkeys(r.variant for r in rows if r.form == form)).index(variant)
+        marker, style = "os^Dv"[place % 5], ("-", "--", ":", "-.")[place % 4]
         if line:
             along, values = zip(*line, strict=True)
-            axes.plot(along, values, marker=marker, markersize=4, label=name, color=color)
-            color = axes.lines[-1].get_color()
+            axes.plot(along, values, style, marker=marker, markersize=4, label=name, color=color)
         for size, row in lost[:1]:
+            text = f"{form}: out of memory"
+            text += f" at {bytes_text(row.limit)}" if row.limit else ""
+            note = {"fontsize": 7, "color": color, "textcoords": "offset points"}
             if (y := end(row)) is None:
                 axes.axvline(size, linestyle=":", color=color)
-                y, place = 0.98, axes.get_xaxis_transform()
+                axes.annotate(f"{text} ", (size, 0.99), xycoords=axes.get_xaxis_transform(),
+                              ha="right", va="top", xytext=(0, -9 * ends), **note)  # fmt: skip
             else:
-                place = axes.transData
                 if line:
                     axes.plot([line[-1][0], size], [line[-1][1], y], "--", color=color, linewidth=1)
                 axes.plot(size, y, "X", markersize=9, color=color, label=None if line else name)
-            text = f"{form}: out of memory"
-            text += f" at {bytes_text(row.limit)}" if row.limit else ""
-            axes.annotate(text, (size, y), xycoords=place, fontsize=7, color=color, ha="center",
-                          va="bottom" if place is axes.transData else "top",
-                          xytext=(0, 6 if place is axes.transData else 0),
-                          textcoords="offset points")  # fmt: skip
+                axes.annotate(text, (size, y), ha="center", xytext=(0, 8 + 9 * ends), **note)
+            ends += 1
     if points:
         axes.set(xscale="log", yscale="log", xlabel=_AXES.get(rows[0].axis, rows[0].axis))
         sizes = _spaced(sorted({row.size / unit for row in rows if row.size}))
@@ -204,7 +202,7 @@ def _growing(records: Sequence[Record]) -> tuple[list[Row], list[str]]:
 
 def _memory_by_image(axes: Any, rows: list[Row]) -> int:
     axes.set_ylabel("peak memory above the model, MiB")
-    return _curves(axes, rows, _mib, _limit_mib, "{form}: {variant}", by_form=True)
+    return _curves(axes, rows, _mib, _limit_mib, "{form}: {variant}")
 
 
 def _error(axes: Any, rows: list[Row]) -> int:
@@ -258,13 +256,18 @@ def _roofline(axes: Any, rows: list[Row]) -> int:
                       xytext=(4, 8), textcoords="offset points")  # fmt: skip
         axes.annotate(f"matrix product {peak / 1e9:.3g} GFLOP/s", (high, peak / 1e9), fontsize=7,
                       ha="right", xytext=(0, 4), textcoords="offset points")  # fmt: skip
+    labels = list(dict.fromkeys(f"{row.op}: {row.form}" for row in shown))
     for row, intensity in zip(shown, along, strict=True):
         assert row.seconds and row.flops
-        ours = row.form == row.first
-        axes.plot(intensity, row.flops / row.seconds.median / 1e9, "o" if ours else "x",
-                  label=f"{row.op}, {row.variant}, {row.size:,.0f}: {row.form}")  # fmt: skip
+        name = f"{row.op}: {row.form}"
+        known = axes.get_legend_handles_labels()[1]
+        axes.plot(intensity, row.flops / row.seconds.median / 1e9,
+                  "o" if row.form == row.first else "x", color=f"C{labels.index(name) % 10}",
+                  label=None if name in known else name)  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="FLOP a byte", ylabel="GFLOP a second")
+    _plain(axes.xaxis)
     _plain(axes.yaxis)
+    axes.minorticks_off()
     return len(shown) + 1
 
 
