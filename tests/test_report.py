@@ -541,7 +541,11 @@ def test_records_of_scripts(tmp_path):
     make_report(folder, tmp_path / "out", readme=readme)
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| vessels, no context | F1 | 40.0, 39.0 | 39.5 ± 1.5 | 40.0 |" in text
-    assert "* Gaussian: 0.25, tile" in text
+    listed = re.findall(r"^\d+\. (.*)$", text, re.MULTILINE)
+    cited = re.search(r"^\* Gaussian: 0.25, tile \[(\d+)\] \[(\d+)\]$", text, re.MULTILINE)
+    assert [listed[int(n) - 1] for n in cited.groups()] == [
+        "plans.json, Gaussian, tile", "plans.json, Gaussian, published",
+    ]  # fmt: skip
     assert "| Gaussian | 1,024 tokens | lsh | x 0.50 | 6 |" in text
     assert "| 2,048 px a side | xl | 3.1 s (3.04 s to 3.16 s, n = 2) | x 1.55" in text
     assert "| 2,048 px a side | without context | 2 s | " in text

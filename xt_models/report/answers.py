@@ -275,12 +275,13 @@ def in_short(records: Sequence[Record], cite: Cite) -> Table:
     for op in order[:10]:
         group = [row for row in rows if row.op == op]
         if op == ERRORS:
-            members, what = group[:1], op
-            best = sorted((share, work) for work, share, _ in least_errors(group))
-            told = " to ".join(f"{share:.2f} ({work})" for share, work in (*best[:1], *best[-1:]))
-            cells = [size_text(group[0]), f"of the error of {group[0].first}, at best: {told}"]
+            best = sorted(least_errors(group), key=lambda found: found[0])
             if not best:
                 continue
+            ends = best[:1] + best[1:][-1:]
+            told = " to ".join(f"{share:.2f} ({row.variant})" for share, row, _ in ends)
+            cells = [size_text(group[0]), f"of the error of {group[0].first}, at best: {told}"]
+            members, what = [row for _, *pair in ends for row in pair], op
         else:
             members = _scaling(group) if op == SCALING else max(_by_variant(group), key=_telling)
             what = f"{op}, {members[0].variant}" if members[0].variant else op
@@ -343,14 +344,14 @@ def _value(row: Row) -> str:
     return bytes_text(row.memory) if row.memory is not None else "-"
 
 
-def least_errors(rows: Sequence[Row]) -> list[tuple[str, float, str]]:
-    """(input, error of the best form over that of the first form, best form) of each input."""
+def least_errors(rows: Sequence[Row]) -> list[tuple[float, Row, Row]]:
+    """(error over that of the first form, row of the best form, of the first) for each input."""
     found = []
     for members in _by_variant(rows):
-        published = next((row.error for row in members if row.form == row.first), None)
+        first = next((row for row in members if row.form == row.first), None)
         best = min(members, key=lambda row: row.error or 0.0)
-        if published:
-            found.append((best.variant, (best.error or 0.0) / published, best.form))
+        if first and first.error:
+            found.append(((best.error or 0.0) / first.error, best, first))
     return found
 
 
@@ -367,7 +368,7 @@ def by_scripts(records: Sequence[Record], cite: Cite) -> Table:
                 for e in entries
             ]
             common = f"{title}, {notes.pop()}" if len(notes) == 1 and "" not in notes else title
-            lines.append([common, "; ".join(told), cite(entries[0].source)])
+            lines.append([common, "; ".join(told), cite_all(entries, cite)])
     return ["what", "measured", "source"], lines
 
 
@@ -382,13 +383,15 @@ def _few_scores(record: Record, cite: Cite) -> list[list[str]]:
     scores = [s for s in record.scores if not s.size]
     if not scores:
         return []
-    told = [f"{s.title} {s.mean:.1f} ± {s.half_width:.1f}" for s in scores if s.ceiling is None]
+    used = [s for s in scores if s.ceiling is None]
+    told = [f"{s.title} {s.mean:.1f} ± {s.half_width:.1f}" for s in used]
     if bounded := [s for s in scores if s.ceiling is not None]:
         best = max(bounded, key=lambda s: s.mean)
+        used.append(best)
         told.insert(0, f"without context at most {best.mean:.1f} ({best.title}; highest possible "
                        f"{best.ceiling:.1f})")  # fmt: skip
     what = f"{scores[0].task}, {scores[0].metric} in percent, {len(scores[0].seeds)} seeds"
-    return [[what, "; ".join(told), cite(scores[0].source)]]
+    return [[what, "; ".join(told), cite_all(used, cite)]]
 
 
 Answer = Callable[[Sequence[Row], Cite], list[str]]

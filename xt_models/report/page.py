@@ -119,7 +119,10 @@ def _sections(
     best = answers.least_errors(errors)
     yield "Error of attention plans at equal keys", [
         f"Error of the best plan over that of {errors[0].first}, by input.\n",
-        bullets(f"{work}: {share:.2f}, {form}" for work, share, form in best),
+        bullets(
+            f"{row.variant}: {share:.2f}, {row.form} {tables.cite_all((row, first), cite)}"
+            for share, row, first in best
+        ),
         *folded("All plans on all inputs", _measured(errors, cite)),
     ] if errors else []  # fmt: skip
     parts = []

@@ -59,7 +59,7 @@ def whole_image_cell(row: Row | None) -> str:
     return f"{seconds_text(row.seconds.median)}, {row.per_s:.2f} regions/s{memory}"
 
 
-def cite_all(rows: Iterable[Row | None], cite: Cite) -> str:
+def cite_all(rows: Iterable[Row | Score | Entry | None], cite: Cite) -> str:
     """`[1] [2]`, each once."""
     return " ".join(dict.fromkeys(cite(row.source) for row in rows if row))
 
