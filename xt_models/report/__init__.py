@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from .compare import compare_records
-from .page import verdict_lines, write_readme, write_report
-from .records import RecordError, read_folder, read_record
+from .fields import RecordError
+from .formats import read_folder, read_record
+from .page import write_readme, write_report
+from .records import keep_newest
+from .tables import verdict_lines
 
 __all__ = [
     "RecordError",
@@ -25,8 +28,8 @@ def make_report(
     """Makes the pages in `out` and returns what to tell of them.
 
     results: a JSON file of the benches, or a folder of them. against: an older JSON file; `results`
-    must then be one file, and is judged against it row by row. readme: a file whose table of
-    numbers is replaced. Raises RecordError for what cannot be read.
+    must then be one file, and is judged against it row by row. readme: a file whose numbers between
+    two marks are replaced. Raises RecordError for what cannot be read.
     """
     refused: list[str] = []
     if results.is_file():
@@ -35,6 +38,7 @@ def make_report(
         raise RecordError(f"report: RESULTS must be one file to be judged, got {results}.")
     else:
         records, refused = read_folder(results)
+        refused += keep_newest(records)
     old = None if against is None else read_record(against)
     files = write_report(records, out, refused, old)
     if readme is not None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 
 from .records import Record, Row, Spread
 
+Pace = tuple[float, float, float]
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """old, new: rows of the same work. change: time of the new over the old, None without times."""
+    """old, new: rows of the same work. change: time of the new over the old, had the machine been
+    as fast, None without times.
+    """
 
     old: Row
     new: Row
@@ -20,23 +25,32 @@ class Verdict:
 def compare_records(old: Record, new: Record) -> tuple[list[Verdict], list[str]]:
     """(a verdict for each row that both have, what only one of them has).
 
-    Times differ where the ranges from the 20th to the 80th percentile, each widened by the drift of
-    its run, do not touch: rounds of one bench lie within seconds and do not show how the machine
-    changes over minutes. A peak of memory differs where it moved by more than a tenth and 1 MiB, an
-    error by more than a tenth.
+    The machine's pace is the time of the yardstick in the new bench over that in the same bench of
+    the old record; a bench without a yardstick takes the median of the others, uncertain by their
+    range. Times differ where the ranges from the 20th to the 80th percentile, at equal pace, do not
+    touch. A peak of memory differs where it moved by more than a tenth and 1 MiB, an error by more
+    than a tenth.
     """
     before = {row.key: row for row in old.rows}
-    verdicts, alone = [], []
-    for row in new.rows:
-        other = before.pop(row.key, None)
-        if other is None:
-            alone.append(f"only in {new.path.name}: {_name(row)}")
-            continue
+    pairs = [(before[row.key], row) for row in new.rows if row.key in before]
+    paces = [b.yardstick / a.yardstick for a, b in pairs if a.yardstick and b.yardstick] or [1.0]
+    others = min(paces), statistics.median(paces), max(paces)
+    verdicts = []
+    for a, b in pairs:
+        pace = others
+        if a.yardstick and b.yardstick:
+            pace = (b.yardstick / a.yardstick,) * 3
         change = None
-        if row.seconds and other.seconds:
-            change = row.seconds.median / other.seconds.median
-        verdicts.append(Verdict(other, row, change, _judge(other, row, old.drift, new.drift)))
-    alone += [f"only in {old.path.name}: {_name(row)}" for row in before.values()]
+        if a.seconds and b.seconds:
+            change = b.seconds.median / pace[1] / a.seconds.median
+        verdicts.append(Verdict(a, b, change, _judge(a, b, pace)))
+    both = {row.key for _, row in pairs}
+    alone = [
+        f"only in {record.path.name}: {_name(row)}"
+        for record in (new, old)
+        for row in record.rows
+        if row.key not in both
+    ]
     return verdicts, alone
 
 
@@ -45,27 +59,28 @@ def _name(row: Row) -> str:
     return ", ".join(part for part in (row.op, row.variant, size, row.form) if part)
 
 
-def _range(seconds: Spread, drift: tuple[float, float]) -> tuple[float, float]:
-    """Where a time lies, had the machine been at its median."""
-    return seconds.p20 / drift[1], seconds.p80 / drift[0]
+def apart(before: Spread, after: Spread, pace: Pace = (1.0, 1.0, 1.0)) -> int:
+    """-1 where `after` is faster beyond both spreads, 1 where it is slower, 0 where they touch."""
+    if after.over(pace[0]).p80 < before.p20:
+        return -1
+    return int(after.over(pace[2]).p20 > before.p80)
 
 
-def _judge(
-    old: Row, new: Row, old_drift: tuple[float, float], new_drift: tuple[float, float]
-) -> str:
+def _judge(old: Row, new: Row, pace: Pace) -> str:
     if old.outcome != new.outcome:
         return f"{old.outcome} before, {new.outcome} now"
     words = []
     if old.seconds and new.seconds:
-        before, after = _range(old.seconds, old_drift), _range(new.seconds, new_drift)
+        change = new.seconds.median / pace[1] / old.seconds.median
+        side = apart(old.seconds, new.seconds, pace)
         if not (old.seconds.known and new.seconds.known):
             words.append("too few runs to tell a change of time from chance")
-        elif after[1] < before[0]:
-            words.append(f"{old.seconds.median / new.seconds.median:.2f} times as fast")
-        elif after[0] > before[1]:
-            words.append(f"{new.seconds.median / old.seconds.median:.2f} times as slow")
+        elif side < 0:
+            words.append(f"{1 / change:.2f} times as fast")
+        elif side > 0:
+            words.append(f"{change:.2f} times as slow")
         else:
-            words.append("same time within spread and drift")
+            words.append("same time within the spread")
     if old.memory and new.memory:
         moved = new.memory - old.memory
         if abs(moved) > max(old.memory / 10, 2**20):
