@@ -2,6 +2,7 @@
 
 import csv
 import json
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from click.testing import CliRunner
 
 import xt_models as xm
 from xt_models.cli import main
-from xt_models.train import shoreline
+from xt_models.train import shoreline, table
+from xt_models.train.curve import Point
 
 BOUNDED = [name for name, row in shoreline.ROWS.items() if row.ceiling is not None]
 
@@ -118,6 +120,18 @@ def test_the_same_seed_gives_the_same_run(monkeypatch):
     runs = [list(shoreline.train("xl-through", seed, 2)) for seed in (5, 5, 6)]
     assert torch.equal(torch.get_rng_state(), before)
     assert runs[0] == runs[1] != runs[2]
+
+
+def test_a_package_that_a_task_does_not_need_may_be_missing(monkeypatch):
+    def version(package):
+        if package == "scikit-learn":
+            raise PackageNotFoundError(package)
+        return "1.0"
+
+    monkeypatch.setattr(table, "version", version)
+    run = table.Run("whole", 0, [Point(1, 1.0, 7.0)], 1.0)
+    record = table._summary("shoreline", ["whole"], [run], 1, 1, 1)
+    assert record["versions"]["timm"] == "1.0" and "scikit-learn" not in record["versions"]
 
 
 def test_the_command_leaves_a_table_curves_and_models(tmp_path):

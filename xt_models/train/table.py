@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -86,6 +86,7 @@ def write_table(
             raise ValueError(f"{name}: {option} must be at least 1, got {number}.")
     task.check()
     need(name, "matplotlib", "matplotlib", "train")
+    need(name, "scipy", "scipy", "train")
     rows = list(dict.fromkeys(rows))
     with OutputFolder(out) as folder:
         assert folder is not None
@@ -250,10 +251,18 @@ def _summary(
             "xt_kernels": xt_kernels.__version__,
             "torch": torch.__version__,
             "timm": version("timm"),
-            "scikit-learn": version("scikit-learn"),
+            **_version("scikit-learn"),
             "python": platform.python_version(),
         },
     }
+
+
+def _version(package: str) -> dict[str, str]:
+    """Of a package that not every task needs, where it is installed."""
+    try:
+        return {package: version(package)}
+    except PackageNotFoundError:
+        return {}
 
 
 def _interval(name: str, scores: list[float]) -> dict[str, Any]:
