@@ -238,6 +238,40 @@ def test_boxes_are_what_pycocotools_reads(tmp_path):
     assert [a["score"] for a in found] == pytest.approx(result.heads["boxes"]["scores"].tolist())
 
 
+def test_names_of_classes_go_with_the_model_into_what_it_says(tmp_path):
+    names = {"head": ("sea", "land"), "boxes": ("ship", "buoy", "plane"), "tags": tuple("abcde"),
+             "ground": ("a", "b", "c", "d")}  # fmt: skip
+    heads = {name: HEADS[name] for name in ("boxes", "tags", "ground")}
+    model = small(heads, num_classes=2)
+    model.class_names = names
+    model.save_pretrained(tmp_path / "model")
+    model = xm.XT.from_pretrained(tmp_path / "model")
+    assert model.class_names == names
+    source = xm.open_image(scene(), axes="HWC")
+    xm.stream(model, source, tmp_path / "out", tokens=False)
+    coco = json.loads((tmp_path / "out" / "boxes.json").read_text())
+    assert [c["name"] for c in coco["categories"]] == ["ship", "buoy", "plane"]
+    features = json.loads((tmp_path / "out" / "boxes.geojson").read_text())["features"]
+    for note, feature in zip(coco["annotations"], features, strict=True):
+        assert feature["properties"]["name"] == names["boxes"][note["category_id"]]
+    scores = json.loads((tmp_path / "out" / "embedding.json").read_text())
+    assert scores["classes"] == ["sea", "land"] and scores["top"][0][0] in ("sea", "land")
+    assert scores["heads"]["tags"]["classes"] == list("abcde")
+    with rasterio.open(tmp_path / "out" / "ground.tif") as data:
+        assert json.loads(data.tags()["TIFFTAG_IMAGEDESCRIPTION"]) == {"classes": list("abcd")}
+    model.class_names = {}
+    model.save_pretrained(tmp_path / "model")  # over the one with names
+    assert xm.XT.from_pretrained(tmp_path / "model").class_names == {}
+
+
+@pytest.mark.parametrize("text", ["[1", '["a"]', '{"head": [1]}'])
+def test_names_of_another_form_are_refused(text, tmp_path):
+    small({}, num_classes=2).save_pretrained(tmp_path)
+    (tmp_path / "classes.json").write_text(text)
+    with pytest.raises(ValueError, match=r"classes\.json must hold lists of names by head"):
+        xm.XT.from_pretrained(tmp_path)
+
+
 def test_places_without_a_region_have_no_prediction(tmp_path):
     pixels = scene()
     pixels[64:128, :128] = 7

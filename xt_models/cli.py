@@ -381,7 +381,8 @@ def predict(
         result = _run(model, source, None, options)
         assert result.logits is not None
         record = {"image": source.name, "embedding": result.embedding.tolist()}
-        text = json.dumps(record | class_scores(result.logits), indent=1)
+        record |= class_scores(result.logits, model.class_names.get("head", ()))
+        text = json.dumps(record, indent=1)
         if out is None:
             click.echo(text)
             return
