@@ -744,6 +744,34 @@ def test_what_was_found_is_compared_image_by_image(boxed):
     assert task.metrics(swapped)["mAP"] < 50
 
 
+@pytest.mark.parametrize(
+    "name, data", [("classify-folder", "root"), ("segment-masks", "masked"), ("detect-coco", "boxed")]
+)
+def test_a_recipe_for_ones_own_data_runs_as_written(name, data, request, tmp_path):
+    """All of it but size, encoder, its weights and the number of epochs."""
+    data = request.getfixturevalue(data)
+    changes = {"model.pretrained": "false", "model.name": "test_convnext", "data.size": 256,
+               "train.epochs": 0.01}  # fmt: skip
+    sets = (word for key, value in changes.items() for word in ("--set", f"{key}={value}"))
+    result = xt(name, "--data", data, "-o", tmp_path / "run", "--device", "cpu", *sets)
+    assert result.exit_code == 0, result.output
+    assert len(losses(tmp_path / "run")) == 1
+    written = json.loads((tmp_path / "run" / "run.json").read_text())["run"]
+    assert math.isfinite(written["validation"]["loss"])
+    image = next((data / "val").glob("**/0.png"))
+    words = ["predict", image, "--model", tmp_path / "run" / "model", "--device", "cpu", "-o",
+             tmp_path / "said"]  # fmt: skip
+    result = CliRunner().invoke(main, list(map(str, words)))
+    assert result.exit_code == 0, result.output
+    if name == "classify-folder":
+        assert json.loads((tmp_path / "said").read_text())["classes"] == ["dark", "light"]
+    elif name == "segment-masks":
+        assert set(np.unique(tifffile.imread(tmp_path / "said" / "mask.tif"))) <= {0, 1}
+    else:
+        found = json.loads((tmp_path / "said" / "boxes.json").read_text())
+        assert found["categories"] == [{"id": 0, "name": "x"}]
+
+
 @pytest.fixture
 def scenes(tmp_path):
     """Two scenes of speckle with a bright point at each detection."""
