@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 import xt_models as xm
 from xt_kernels.regions import RegionGrid
+from xt_models import planning
 from xt_models.cli import main
 from xt_models.group_walk import GroupWalk
 from xt_models.journal import verify
@@ -112,9 +113,20 @@ def test_streamed_prediction_is_the_one_in_memory(tiling, size, tmp_path):
     assert {p.name for p in (tmp_path / "out").iterdir()} == names
 
 
-@pytest.mark.parametrize("context", ["hyper", "mamba", None])
-def test_streamed_prediction_is_the_one_in_memory_for_every_context(context, tmp_path):
-    options = {"chunk_regions": None, "pool": "token"} if context == "hyper" else {}
+@pytest.mark.parametrize(
+    "context, options",
+    [
+        ("hyper", {"chunk_regions": None, "pool": "token"}),
+        ("hyper", {"tiling": "zigzag"}),
+        ("vit", {"chunk_regions": None}),
+        ("vit", {"tiling": "zigzag"}),
+        ("mamba", {}),
+        ("mamba", {"tiling": "two-stream"}),
+        (None, {}),
+        (None, {"tiling": "zigzag"}),
+    ],
+)
+def test_streamed_prediction_is_the_one_in_memory_for_every_context(context, options, tmp_path):
     model = small(context=context, num_classes=3, **options)
     pixels = scene()
     result = xm.stream(model, pixels, tmp_path / "out", batch_size=4)
@@ -308,6 +320,31 @@ def test_what_waits_is_rows_of_regions_not_the_image(group, overlap, kept_rows, 
         most.append(max(sizes))
     # At most kept_rows whole rows, and one that is under way.
     assert most[0] == most[1] and 6 * kept_rows <= most[0] <= 6 * (kept_rows + 1)
+
+
+def test_a_plan_counts_what_waits_for_a_head_and_its_calls(monkeypatch):
+    """Three rows of six regions of 2 x 2 tokens; twelve groups of 3 x 3, one a call."""
+    options = {"kind": "fcos", "classes": 1, "dim": 32, "group": 3, "overlap": 1}
+    heads = {"boxes": options | {"min_stride": 64}, "ground": HEADS["ground"]}
+    calls = []
+
+    def measured(run, device):
+        calls.append(run())
+        return 0.5, 9
+
+    monkeypatch.setattr(planning, "_measure", measured)
+    one, both = (
+        planning._heads_cost(small({n: heads[n] for n in names}), RegionGrid(512, 384, 64),
+                             torch.device("cpu"), torch.float32)
+        for names in (["boxes"], ["boxes", "ground"])
+    )  # fmt: skip
+    token = 4 * 32
+    assert one == (12 * 0.5, 3 * 6 * 4 * token + 9 * 4 * token + 9)
+    # `ground` sees regions alone, sixteen at once, and keeps none.
+    assert both == (12 * 0.5 + 3 * 0.5, 3 * 6 * 4 * token + 16 * 4 * token + 9)
+    source = xm.open_image(scene(512, 384), axes="HWC")
+    plans = [xm.plan(small(part), source) for part in ({}, {"boxes": heads["boxes"]})]
+    assert plans[1].seconds > 6 and len(calls) == 4
 
 
 class _Stop(Exception):

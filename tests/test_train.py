@@ -745,7 +745,8 @@ def test_what_was_found_is_compared_image_by_image(boxed):
 
 
 @pytest.mark.parametrize(
-    "name, data", [("classify-folder", "root"), ("segment-masks", "masked"), ("detect-coco", "boxed")]
+    "name, data",
+    [("classify-folder", "root"), ("segment-masks", "masked"), ("detect-coco", "boxed")],
 )
 def test_a_recipe_for_ones_own_data_runs_as_written(name, data, request, tmp_path):
     """All of it but size, encoder, its weights and the number of epochs."""
