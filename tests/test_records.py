@@ -79,6 +79,10 @@ def test_a_page_shows_the_papers_values():
     for row in csv.DictReader((PAPER / "table3_xview3.csv").open()):
         name = f"{row['model']}{', XL' * bool(row['context'])}"
         assert f"| {name} | {row['size']} | {row['shore']} | {row['agg']} |" in page
+    for row in csv.DictReader((PAPER / "table5_ablations.csv").open()):
+        assert f"| {row['ablation']} | {row['model']} | {row['setting']} | {row['top1']} |" in page
+    for row in csv.DictReader((PAPER / "table6_locality.csv").open()):
+        assert f"| {row['size']}, windows of {row['window']} | {row['top1']} |" in page
     page = (ROOT / "docs" / "megapixel_digits.md").read_text()
     for row in csv.DictReader((PAPER / "table2_inaturalist.csv").open()):
         if row["top1"] and not row["size"].startswith("256/"):
