@@ -276,7 +276,18 @@ def without(name, context="hyper"):
         (empty() | {NORM: torch.zeros(96, device="meta")}, f"{NORM} must be a dense .* on meta"),
         (empty() | {NORM: torch.zeros(96).long()}, f"{NORM} must hold real numbers, .*int64"),
         (empty() | {NORM: torch.zeros(96) * 1j}, f"{NORM} must hold real numbers, .*complex64"),
-        (empty() | {NORM: torch.full((96,), math.nan)}, "must hold finite weights, .*norm.weight"),
+        (
+            empty() | {NORM: torch.full((96,), math.nan)},
+            "hold weights finite in fp32, .*norm.weight",
+        ),
+        (
+            empty() | {NORM: torch.full((96,), 1e300, dtype=torch.float64)},
+            "hold weights finite in fp32, .*norm.weight",
+        ),
+        (
+            empty() | {"region_encoder.model.patch_embed.norm.weight": torch.ones(96)},
+            "one tensor a weight, found two of region_encoder.model.patch_embed.norm.weight",
+        ),
         (empty() | {NORM: 3.0}, f"{NORM} must be a tensor, found float"),
         (
             {"conv1.weight": torch.zeros(64, 3, 7, 7), "fc.weight": torch.zeros(10, 512)},
@@ -297,6 +308,14 @@ def test_refuses_what_is_no_released_checkpoint(state, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         released.convert_checkpoint(write(tmp_path / "file.pth", state), tmp_path / "out")
     assert os.listdir(tmp_path) == ["file.pth"]
+
+
+def test_refuses_a_weight_by_two_names(tmp_path):
+    state = {f"module.{name}": tensor for name, tensor in empty().items()}
+    torch.save({"state_dict": state | {NORM: torch.ones(96)}}, tmp_path / "twice.pth")
+    with pytest.raises(ValueError, match=f"one tensor a weight, found two of {NORM}"):
+        released.convert_checkpoint(tmp_path / "twice.pth", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_tables_of_older_timm_may_be_there(tmp_path):
@@ -484,4 +503,5 @@ def test_from_the_hub_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr("xt_models.checkpoint.hf_hub_download", download)
     loaded = xm.XT.from_pretrained("someone/model", revision="v1")
     assert loaded.config == model.config
-    assert asked == [("someone/model", f, "v1") for f in ("config.json", "model.safetensors")]
+    files = ("config.json", "model.safetensors", "classes.json")
+    assert asked == [("someone/model", f, "v1") for f in files]

@@ -208,8 +208,9 @@ def test_the_command_leaves_a_table_curves_and_a_picture(tmp_path):
     assert result.exit_code == 0, result.output
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     assert sorted(p.name for p in out.iterdir()) == ["curves.csv", "curves.png", "table.json"]
-    assert re.search(r"\n64/32 +\d+\.\d +\d+  64/32, context over", result.output)
-    assert re.search(r"\ndownsampled +10\.0 +10\.0 ", result.output)
+    cells = r" +\| (\d+\.\d) +\| \1 +\| "
+    assert re.search(rf"\n\| `64/32`{cells} +\| \d+ +\| 64/32, context over", result.output)
+    assert re.search(rf"\n\| `downsampled`{cells}10\.0 ", result.output)
     rows = list(csv.DictReader((out / "curves.csv").open()))
     assert [(r["row"], r["seed"], r["step"]) for r in rows] == [
         ("64/32", "0", "2"),
@@ -241,7 +242,7 @@ def test_an_ablation_is_a_table_of_its_rows(what, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert seen == [("ablate", list(ablate.ABLATIONS[what]), 2, cue.STEPS, 2)]
     for name in ablate.ABLATIONS[what]:
-        assert f"{name} " in result.output and ALL[name].title in result.output
+        assert f"| `{name}` " in result.output and ALL[name].title in result.output
 
 
 def test_the_ablations_are_what_they_say():

@@ -167,6 +167,26 @@ def test_xview3_uses_the_distance_to_the_shore_that_a_label_has():
         (lambda: multi_label_map(torch.zeros(1, 1), torch.full((1, 1), 0.5)), "1 or 0, got 0.5"),
         (lambda: coco_map([], [boxes()]), "one dict an image = 1, got 0"),
         (lambda: coco_map([boxes() | {"scores": []}], [boxes()]), "at least one box"),
+        (
+            lambda: coco_map([boxes() | {"scores": []}], [boxes((5, 5, 5, 9, 0))]),
+            r"a width and a height above zero, image 0, got \[\[5",
+        ),
+        (
+            lambda: coco_map([boxes((0, 0, 9, 9, 0)) | {"scores": []}], [boxes((0, 0, 9, 9, 0))]),
+            "predictions must have one of scores a box = 1, image 0, got 0",
+        ),
+        (
+            lambda: coco_map([boxes((0, 0, NAN, 9, 0, 1))], [boxes((0, 0, 9, 9, 0))]),
+            "predictions must have finite boxes, image 0",
+        ),
+        (
+            lambda: xview3_scores([objects((0, 0, 1, 0, NAN))], [objects((0, 0, 1, 0, 9))]),
+            "predictions must have a finite length_m, scene 0, got nan",
+        ),
+        (
+            lambda: xview3_scores([objects() | {"row": [1.0]}], [objects()]),
+            r"predictions must have col \[N\] = \[1\], scene 0, got \[0\]",
+        ),
         (lambda: xview3_scores([], [objects()]), "one dict a scene = 1, got 0"),
         (lambda: xview3_scores([objects()], [objects()], []), "one array a scene = 1, got 0"),
     ],

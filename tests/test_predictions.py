@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 import xt_models as xm
 from xt_kernels.regions import RegionGrid
+from xt_models import planning
 from xt_models.cli import main
 from xt_models.group_walk import GroupWalk
 from xt_models.journal import verify
@@ -112,9 +113,20 @@ def test_streamed_prediction_is_the_one_in_memory(tiling, size, tmp_path):
     assert {p.name for p in (tmp_path / "out").iterdir()} == names
 
 
-@pytest.mark.parametrize("context", ["hyper", "mamba", None])
-def test_streamed_prediction_is_the_one_in_memory_for_every_context(context, tmp_path):
-    options = {"chunk_regions": None, "pool": "token"} if context == "hyper" else {}
+@pytest.mark.parametrize(
+    "context, options",
+    [
+        ("hyper", {"chunk_regions": None, "pool": "token"}),
+        ("hyper", {"tiling": "zigzag"}),
+        ("vit", {"chunk_regions": None}),
+        ("vit", {"tiling": "zigzag"}),
+        ("mamba", {}),
+        ("mamba", {"tiling": "two-stream"}),
+        (None, {}),
+        (None, {"tiling": "zigzag"}),
+    ],
+)
+def test_streamed_prediction_is_the_one_in_memory_for_every_context(context, options, tmp_path):
     model = small(context=context, num_classes=3, **options)
     pixels = scene()
     result = xm.stream(model, pixels, tmp_path / "out", batch_size=4)
@@ -238,6 +250,40 @@ def test_boxes_are_what_pycocotools_reads(tmp_path):
     assert [a["score"] for a in found] == pytest.approx(result.heads["boxes"]["scores"].tolist())
 
 
+def test_names_of_classes_go_with_the_model_into_what_it_says(tmp_path):
+    names = {"head": ("sea", "land"), "boxes": ("ship", "buoy", "plane"), "tags": tuple("abcde"),
+             "ground": ("a", "b", "c", "d")}  # fmt: skip
+    heads = {name: HEADS[name] for name in ("boxes", "tags", "ground")}
+    model = small(heads, num_classes=2)
+    model.class_names = names
+    model.save_pretrained(tmp_path / "model")
+    model = xm.XT.from_pretrained(tmp_path / "model")
+    assert model.class_names == names
+    source = xm.open_image(scene(), axes="HWC")
+    xm.stream(model, source, tmp_path / "out", tokens=False)
+    coco = json.loads((tmp_path / "out" / "boxes.json").read_text())
+    assert [c["name"] for c in coco["categories"]] == ["ship", "buoy", "plane"]
+    features = json.loads((tmp_path / "out" / "boxes.geojson").read_text())["features"]
+    for note, feature in zip(coco["annotations"], features, strict=True):
+        assert feature["properties"]["name"] == names["boxes"][note["category_id"]]
+    scores = json.loads((tmp_path / "out" / "embedding.json").read_text())
+    assert scores["classes"] == ["sea", "land"] and scores["top"][0][0] in ("sea", "land")
+    assert scores["heads"]["tags"]["classes"] == list("abcde")
+    with rasterio.open(tmp_path / "out" / "ground.tif") as data:
+        assert json.loads(data.tags()["TIFFTAG_IMAGEDESCRIPTION"]) == {"classes": list("abcd")}
+    model.class_names = {}
+    model.save_pretrained(tmp_path / "model")  # over the one with names
+    assert xm.XT.from_pretrained(tmp_path / "model").class_names == {}
+
+
+@pytest.mark.parametrize("text", ["[1", '["a"]', '{"head": [1]}'])
+def test_names_of_another_form_are_refused(text, tmp_path):
+    small({}, num_classes=2).save_pretrained(tmp_path)
+    (tmp_path / "classes.json").write_text(text)
+    with pytest.raises(ValueError, match=r"classes\.json must hold lists of names by head"):
+        xm.XT.from_pretrained(tmp_path)
+
+
 def test_places_without_a_region_have_no_prediction(tmp_path):
     pixels = scene()
     pixels[64:128, :128] = 7
@@ -274,6 +320,31 @@ def test_what_waits_is_rows_of_regions_not_the_image(group, overlap, kept_rows, 
         most.append(max(sizes))
     # At most kept_rows whole rows, and one that is under way.
     assert most[0] == most[1] and 6 * kept_rows <= most[0] <= 6 * (kept_rows + 1)
+
+
+def test_a_plan_counts_what_waits_for_a_head_and_its_calls(monkeypatch):
+    """Three rows of six regions of 2 x 2 tokens; twelve groups of 3 x 3, one a call."""
+    options = {"kind": "fcos", "classes": 1, "dim": 32, "group": 3, "overlap": 1}
+    heads = {"boxes": options | {"min_stride": 64}, "ground": HEADS["ground"]}
+    calls = []
+
+    def measured(run, device):
+        calls.append(run())
+        return 0.5, 9
+
+    monkeypatch.setattr(planning, "_measure", measured)
+    one, both = (
+        planning._heads_cost(small({n: heads[n] for n in names}), RegionGrid(512, 384, 64),
+                             torch.device("cpu"), torch.float32)
+        for names in (["boxes"], ["boxes", "ground"])
+    )  # fmt: skip
+    token = 4 * 32
+    assert one == (12 * 0.5, 3 * 6 * 4 * token + 9 * 4 * token + 9)
+    # `ground` sees regions alone, sixteen at once, and keeps none.
+    assert both == (12 * 0.5 + 3 * 0.5, 3 * 6 * 4 * token + 16 * 4 * token + 9)
+    source = xm.open_image(scene(512, 384), axes="HWC")
+    plans = [xm.plan(small(part), source) for part in ({}, {"boxes": heads["boxes"]})]
+    assert plans[1].seconds > 6 and len(calls) == 4
 
 
 class _Stop(Exception):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from click.testing import CliRunner
 
 import xt_models as xm
 from xt_models.cli import main
-from xt_models.train import shoreline
+from xt_models.train import ablate_shoreline, shoreline, table
+from xt_models.train.curve import Point
 
 BOUNDED = [name for name, row in shoreline.ROWS.items() if row.ceiling is not None]
 
@@ -118,6 +120,49 @@ def test_the_same_seed_gives_the_same_run(monkeypatch):
     runs = [list(shoreline.train("xl-through", seed, 2)) for seed in (5, 5, 6)]
     assert torch.equal(torch.get_rng_state(), before)
     assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize("name", ablate_shoreline.ROWS)
+def test_the_rows_of_the_ablations_give_the_same_map(name):
+    row = ablate_shoreline.ROWS[name]
+    model = shoreline.build(row)
+    with torch.inference_mode():
+        found = shoreline.logits(model.eval(), row, shoreline.render(layout_of(1)))
+    assert found.shape == (4, 2, 8, 8)
+    regions = model.grid(128, 128).num_regions
+    assert regions == {"one-region": 1, "half": 4}.get(name, 16)
+
+
+def test_the_ablations_of_depth_are_what_they_say():
+    sizes = [
+        sum(p.numel() for p in shoreline.build(ablate_shoreline.ROWS[name]).parameters())
+        for name in ablate_shoreline.ABLATIONS["depth"]
+    ]
+    assert sizes[2] - sizes[1] == 2 * (sizes[1] - sizes[0]) > 0
+
+
+def test_the_ablations_train_and_are_a_command(tmp_path):
+    words = ["ablate", "depth", "--task", "shoreline", "--rows", "depth-1", "--seeds", "1",
+             "--steps", "1", "-o", str(tmp_path / "out")]  # fmt: skip
+    result = CliRunner().invoke(main, ["train", *words])
+    assert result.exit_code == 0, result.output
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert list(table["rows"]) == ["depth-1"] and table["settings"]["steps"] == 1
+    words[1] = "resolution"
+    result = CliRunner().invoke(main, ["train", *words[:-1], str(tmp_path / "two")])
+    assert result.exit_code == 2 and "of shoreline are encoder, depth, locality" in result.output
+
+
+def test_a_package_that_a_task_does_not_need_may_be_missing(monkeypatch):
+    def version(package):
+        if package == "scikit-learn":
+            raise PackageNotFoundError(package)
+        return "1.0"
+
+    monkeypatch.setattr(table, "version", version)
+    run = table.Run("whole", 0, [Point(1, 1.0, 7.0)], 1.0)
+    record = table._summary("shoreline", ["whole"], [run], 1, 1, 1)
+    assert record["versions"]["timm"] == "1.0" and "scikit-learn" not in record["versions"]
 
 
 def test_the_command_leaves_a_table_curves_and_models(tmp_path):

@@ -27,7 +27,8 @@ from xt_models.journal import verify
 from xt_models.train import config, fit
 from xt_models.train.tasks import make_task, seeded
 from xt_models.train.tasks.base import Turn
-from xt_models.train.tasks.classification import as_float
+from xt_models.train.tasks.classification import Classification, as_float
+from xt_models.train.tasks.segmentation import Segmentation
 
 pytestmark = pytest.mark.filterwarnings("ignore::xt_models.registry.RandomWeightsWarning")
 RECIPE = {
@@ -99,7 +100,7 @@ def test_a_run_leaves_a_model_logs_and_a_record(trained, root):
     out, last = trained
     names = {"best", "log.csv", "model", "run.json", "tensorboard", "validation.csv"}
     assert {path.name for path in out.iterdir()} == names and verify(out) == []
-    assert json.loads((out / "model" / "classes.json").read_text()) == ["dark", "light"]
+    assert xm.XT.from_pretrained(out / "best").class_names == {"head": ("dark", "light")}
     rows = list(csv.DictReader((out / "log.csv").open()))
     assert [int(row["step"]) for row in rows] == list(range(1, 10))  # 2 x 18 images by 4
     rates = [float(row["lr"]) for row in rows]
@@ -139,7 +140,7 @@ def child(code, *words, **env):
 
 
 def same(a, b):
-    for name in ("log.csv", "validation.csv", "best/classes.json"):
+    for name in ("log.csv", "validation.csv", "best/classes.json", "model/classes.json"):
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
     for name in ("model", "best"):
         one, two = (load_file(folder / name / "model.safetensors") for folder in (a, b))
@@ -164,9 +165,13 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(trained, root, tmp_path
     assert not (tmp_path / "out.part").exists()
 
 
-@pytest.mark.parametrize("at", [1, 4])
+def saved_step(out):
+    return torch.load(out / "checkpoint.pt", weights_only=True)["step"]
+
+
+@pytest.mark.parametrize("at", [1, 5])
 def test_a_run_stopped_in_the_process_goes_on_too(trained, root, tmp_path, at):
-    """Before the first checkpoint nothing is kept, after it everything."""
+    """From its last step, before the first regular checkpoint as well."""
 
     def stop(step, loss):
         if step == at:
@@ -174,9 +179,72 @@ def test_a_run_stopped_in_the_process_goes_on_too(trained, root, tmp_path, at):
 
     with pytest.raises(KeyboardInterrupt):
         fit.fit(recipe_of(root), tmp_path / "out", device="cpu", on_step=stop)
-    assert (tmp_path / "out.part").exists() == (at > 3)
+    assert saved_step(tmp_path / "out.part") == at
     fit.fit(recipe_of(root, train_workers=1 if at > 3 else 0), tmp_path / "out", device="cpu")
     same(tmp_path / "out", trained[0])
+
+
+@pytest.mark.parametrize("where", ["_validate", "_keep"])
+def test_a_run_stopped_in_its_validation_makes_it_again(
+    trained, root, tmp_path, monkeypatch, where
+):
+    def stop(*words):
+        raise KeyboardInterrupt
+
+    recipe = recipe_of(root, train_checkpoint_every=500)
+    with monkeypatch.context() as patch:
+        patch.setattr(fit._Fitter, where, stop)
+        with pytest.raises(KeyboardInterrupt):
+            fit.fit(recipe, tmp_path / "out", device="cpu")
+    assert saved_step(tmp_path / "out.part") == 5
+    fit.fit(recipe, tmp_path / "out", device="cpu")
+    same(tmp_path / "out", trained[0])
+
+
+def test_every_validation_is_a_checkpoint(root, tmp_path):
+    def stop(step, loss):
+        if step == 7:
+            os.rename(tmp_path / "out.part" / "checkpoint.pt", tmp_path / "kept")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit.fit(recipe_of(root, train_checkpoint_every=500), tmp_path / "out", device="cpu",
+                on_step=stop)  # fmt: skip
+    assert torch.load(tmp_path / "kept", weights_only=True)["step"] == 5
+
+
+def test_a_run_stopped_within_a_step_goes_on_from_the_one_before(masked, tmp_path, monkeypatch):
+    """The decoder's batch norm has seen the step that was stopped, its checkpoint has not."""
+    tables = recipe_tables(segmentation(masked, epochs=0.75, checkpoint_every=500))
+    tables["model"]["region"] = 64
+    tables["head"] = {"kind": "segmentation", "decoder_channels": [8, 8], "output_stride": 8}
+    recipe = config.from_dict(tables)
+    fit.fit(recipe, tmp_path / "whole", device="cpu")
+    loss, calls = Segmentation.loss, []
+
+    def stop(task, model, batch, *, training):
+        calls.append(loss(task, model, batch, training=training))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return calls[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Segmentation, "loss", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fit.fit(recipe, tmp_path / "out", device="cpu")
+    assert saved_step(tmp_path / "out.part") == 1
+    fit.fit(recipe, tmp_path / "out", device="cpu")
+    same(tmp_path / "out", tmp_path / "whole")
+
+
+def test_before_its_first_step_a_run_leaves_nothing(root, tmp_path, monkeypatch):
+    def stop(*words, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Classification, "loss", stop)
+    with pytest.raises(KeyboardInterrupt):
+        fit.fit(recipe_of(root), tmp_path / "out", device="cpu")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_killed_before_the_last_rename_is_only_renamed(root, tmp_path, monkeypatch):
@@ -271,6 +339,24 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(root, tmp_path):
     state = torch.load(tmp_path / "out.part" / "checkpoint.pt", weights_only=True)
     assert state["step"] == last
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+def test_a_loss_that_is_not_finite_leaves_what_was_good(root, tmp_path, monkeypatch):
+    """Also before the first regular checkpoint: the last validation's, and the best model."""
+    loss, calls = Classification.loss, []
+
+    def broken(task, model, batch, *, training):
+        calls.append(training)
+        found, logits = loss(task, model, batch, training=training)
+        return (found * math.nan if calls.count(True) > 14 else found), logits  # two a step
+
+    monkeypatch.setattr(Classification, "loss", broken)
+    with pytest.raises(
+        fit.NotFiniteError, match=r"Step 8: the loss must be finite, got nan; .* of step 5\."
+    ):
+        fit.fit(recipe_of(root, train_checkpoint_every=500), tmp_path / "out", device="cpu")
+    assert saved_step(tmp_path / "out.part") == 5
+    assert xm.XT.from_pretrained(tmp_path / "out.part" / "best").head is not None
 
 
 @pytest.mark.parametrize(
@@ -577,12 +663,18 @@ def test_several_labels_an_image(root, tmp_path):
         lines += [f"train/dark/{i}.png,low;any", f"train/light/{i}.png,any"]
     (tmp_path / "train.csv").write_text("\n".join(lines))
     recipe = recipe_of(root, augment_mixup=0.0, augment_cutmix=0.0, train_epochs=1)
-    tables = recipe_tables(recipe) | {"data": {
+    tables = recipe_tables(recipe)
+    tables["augment"]["label_smoothing"] = 0.0
+    tables |= {"data": {
         "form": "list", "root": str(tmp_path), "images": str(root), "val": "train.csv",
         "multi_label": True, "size": 64,
     }}  # fmt: skip
     last = fit.fit(config.from_dict(tables), tmp_path / "out", device="cpu")
     assert 0 <= last["f1"] <= 100
+    tables["augment"]["label_smoothing"] = 0.1
+    with pytest.raises(ValueError, match=r"augment\.label_smoothing must be 0 for several labels"):
+        make_task(config.from_dict(tables))
+    tables["augment"]["label_smoothing"] = 0.0
     model = xm.XT.from_pretrained(tmp_path / "out" / "model")
     assert model.head is None and model.config.heads["labels"]["multi_label"]
     task = make_task(config.from_dict(tables))
@@ -652,6 +744,35 @@ def test_what_was_found_is_compared_image_by_image(boxed):
     assert task.metrics(swapped)["mAP"] < 50
 
 
+@pytest.mark.parametrize(
+    "name, data",
+    [("classify-folder", "root"), ("segment-masks", "masked"), ("detect-coco", "boxed")],
+)
+def test_a_recipe_for_ones_own_data_runs_as_written(name, data, request, tmp_path):
+    """All of it but size, encoder, its weights and the number of epochs."""
+    data = request.getfixturevalue(data)
+    changes = {"model.pretrained": "false", "model.name": "test_convnext", "data.size": 256,
+               "train.epochs": 0.01}  # fmt: skip
+    sets = (word for key, value in changes.items() for word in ("--set", f"{key}={value}"))
+    result = xt(name, "--data", data, "-o", tmp_path / "run", "--device", "cpu", *sets)
+    assert result.exit_code == 0, result.output
+    assert len(losses(tmp_path / "run")) == 1
+    written = json.loads((tmp_path / "run" / "run.json").read_text())["run"]
+    assert math.isfinite(written["validation"]["loss"])
+    image = next((data / "val").glob("**/0.png"))
+    words = ["predict", image, "--model", tmp_path / "run" / "model", "--device", "cpu", "-o",
+             tmp_path / "said"]  # fmt: skip
+    result = CliRunner().invoke(main, list(map(str, words)))
+    assert result.exit_code == 0, result.output
+    if name == "classify-folder":
+        assert json.loads((tmp_path / "said").read_text())["classes"] == ["dark", "light"]
+    elif name == "segment-masks":
+        assert set(np.unique(tifffile.imread(tmp_path / "said" / "mask.tif"))) <= {0, 1}
+    else:
+        found = json.loads((tmp_path / "said" / "boxes.json").read_text())
+        assert found["categories"] == [{"id": 0, "name": "x"}]
+
+
 @pytest.fixture
 def scenes(tmp_path):
     """Two scenes of speckle with a bright point at each detection."""
@@ -708,6 +829,106 @@ def test_vessels_train_and_are_scored_by_scene(scenes, tmp_path):
     without = make_task(vessels(scenes))
     assert without.metrics(records)["shore_f1"] == 0
     assert without.metrics(records)["detection_f1"] == pytest.approx(100)
+
+
+def test_boxes_turn_with_their_image():
+    rng = np.random.default_rng(0)
+    augment = config.Augment(flip=0.5, flip_vertical=0.5, rotate=True)
+    for i in range(100):
+        shape = (6, 6) if i % 2 else (6, 9)
+        turn = Turn.draw(augment, shape, rng)
+        image = torch.zeros(1, *shape)
+        image[:, 1:3, 2:6] = 1
+        box = torch.tensor([[2.0, 1.0, 6.0, 3.0], [2.5, 1.0, 6.0, 2.25]])
+        (left, top, right, bottom), part = turn.boxes(box, shape).tolist()
+        assert turn.image(image)[:, int(top) : int(bottom), int(left) : int(right)].eq(1).all()
+        assert (right - left) * (bottom - top) == 8
+        assert left <= part[0] < part[2] <= right and top <= part[1] < part[3] <= bottom
+    assert turn.boxes(torch.zeros(0, 4), shape).shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("mixup", 0.2), ("randaugment", "rand-m9"), ("label_smoothing", 0.1), ("scale", [0.5, 1])],
+)
+def test_an_augmentation_that_a_task_does_not_use_is_refused(key, value, masked):
+    tables = recipe_tables(segmentation(masked))
+    tables["augment"] = {key: value}
+    with pytest.raises(ValueError, match=rf"augment\.{key} must be left out for segmentation, "
+                       "which takes flip, flip_vertical, rotate, got"):  # fmt: skip
+        make_task(config.from_dict(tables))
+
+
+def test_a_head_that_labels_do_not_use_is_refused(root):
+    tables = recipe_tables(recipe_of(root), kind="dense")
+    with pytest.raises(ValueError, match=r"head must be left out for labels, .* got \{'kind'"):
+        make_task(config.from_dict(tables))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_boxes_of_crowds_alone_are_refused(split, boxed):
+    path = boxed / "annotations" / f"{split}.json"
+    table = json.loads(path.read_text())
+    for note in table["annotations"]:
+        note["iscrowd"] = 1
+    path.write_text(json.dumps(table))
+    recipe = config.from_dict({
+        "model": SMALL, "head": {"kind": "fcos"}, "data": {"form": "coco", "root": str(boxed)},
+    })  # fmt: skip
+    with pytest.raises(ValueError, match=rf"{split}\.json: expected at least one box of x that is"):
+        make_task(recipe)
+
+
+@pytest.mark.parametrize(
+    "processes, size, mixes, rule",
+    [
+        (2, 6, True, r"train\.accumulate x processes = 1 x 2, twice for mixup and cutmix, got 6"),
+        (2, 6, False, None),
+        (2, 5, False, r"train\.accumulate x processes = 1 x 2, got 5"),
+        (1, 6, True, None),
+    ],
+)
+def test_a_batch_is_shared_by_processes_and_mixed_in_pairs(processes, size, mixes, rule, root):
+    class Accelerator:
+        num_processes = processes
+
+    recipe = recipe_of(root, train_batch_size=size, train_accumulate=1,
+                       augment_mixup=0.2 * mixes, augment_cutmix=0.0)  # fmt: skip
+    task = make_task(recipe)
+    model = fit.build_model(recipe, task)
+    if rule is None:
+        fit._Fitter(recipe, task, model, Accelerator())
+        return
+    with pytest.raises(ValueError, match=rule):
+        fit._Fitter(recipe, task, model, Accelerator())
+
+
+def test_weights_that_cannot_be_had_tell_what_to_set(root, monkeypatch):
+    def fail(*words, **options):
+        raise ConnectionError("no network.")
+
+    monkeypatch.setattr(fit, "create_model", fail)
+    recipe = recipe_of(root, model_pretrained=True)
+    with pytest.raises(ConnectionError, match=r"no network\. .*--set model\.pretrained=false"):
+        fit.build_model(recipe, make_task(recipe))
+
+
+def test_the_other_heads_of_a_saved_model_stay(masked, tmp_path):
+    heads = {"water": {"kind": "dense", "classes": 3, "output_stride": 8}}
+    model = xm.create_model("test_convnext", region=32, dim=16, num_heads=1, depth=1,
+                            num_classes=5, heads=heads)  # fmt: skip
+    model.class_names = {"head": tuple("abcde")}
+    model.save_pretrained(tmp_path / "model")
+    tables = recipe_tables(segmentation(masked, epochs=0.2))
+    tables["model"] = {"weights": str(tmp_path / "model")}
+    fit.fit(config.from_dict(tables), tmp_path / "out", device="cpu")
+    after = xm.XT.from_pretrained(tmp_path / "out" / "model")
+    assert set(after.heads) == {"water", "mask"} and after.config.num_classes == 5
+    assert after.class_names == {"head": tuple("abcde"), "mask": ("dark", "light")}
+    for part in ("head", "heads.water"):
+        kept = after.get_submodule(part).state_dict()
+        for name, tensor in model.get_submodule(part).state_dict().items():
+            assert torch.equal(tensor, kept[name]), (part, name)
 
 
 def test_points_turn_with_their_image():

@@ -136,9 +136,13 @@ def test_image_folder(photos):
     assert train.classes == ("a", "b") and list(train.labels) == [0, 1]
     assert [path.name for path in train.paths] == ["1.jpg", "0.jpg"]
     assert form.read("val", train.classes).labels == [1]
+    (photos / "train" / "a" / "deep" / "x.webp").write_bytes(b"RIFF")
+    with pytest.raises(ValueError, match=r"x\.webp: expected TIFF, PNG, JPEG, .* found \.webp:"):
+        form.read("train")
     (photos / "val" / "c").mkdir()
     with pytest.raises(ValueError, match=r"val/c: expected a class of the training images\."):
         form.read("val", train.classes)
+    (photos / "train" / "a" / "deep" / "x.webp").unlink()
     (photos / "train" / "c").mkdir()
     with pytest.raises(ValueError, match=r"train/c: expected at least one image, found none\."):
         form.read("train")
@@ -160,7 +164,22 @@ def test_image_list(photos):
     with pytest.raises(ValueError, match=r"missing .*7\.jpg and 1 others\."):
         form.read("train")
     write_csv(photos / "train.csv", [("file", "label"), ("0.jpg", "a")])
-    with pytest.raises(ValueError, match="expected lines under the columns path and label"):
+    with pytest.raises(ValueError, match=r"csv: expected a column path, found none\."):
+        form.read("train")
+    write_csv(photos / "train.csv", [("path", "label"), ("0.jpg", "a"), ("", "a")])
+    with pytest.raises(ValueError, match=r"csv, line 3: path must be that of an image, got ''"):
+        form.read("train")
+    write_csv(photos / "train.csv", [("path", "label")])
+    with pytest.raises(ValueError, match="expected at least one image, found none"):
+        form.read("train")
+
+
+def test_a_list_is_read_as_spreadsheets_write_it_and_no_other_bytes(photos):
+    form = data.ImageList(root=str(photos))
+    (photos / "train.csv").write_bytes("path,label\r\n0.jpg,größe\r\n".encode("utf-8-sig"))
+    assert form.read("train").classes == ("größe",)
+    (photos / "train.csv").write_bytes("path,label\n0.jpg,größe\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"train\.csv: expected UTF-8, found other bytes"):
         form.read("train")
 
 
@@ -211,6 +230,10 @@ def test_inaturalist_refuses(inaturalist):
     refused("annotation 9 must have an image of the file, got 77",
             annotations=[*notes, {"id": 9, "image_id": 77, "category_id": 3}])  # fmt: skip
     refused(r"expected a list 'images', found none", images={})
+    refused(r"train2018\.json: annotation 9 must have image_id \(int \| str\), got None",
+            annotations=[{"id": 9, "category_id": 3}])  # fmt: skip
+    refused(r"image 4 must have file_name \(str\), got None", images=[{"id": 4}])
+    refused(r"annotation at 0 must be an object, got 7", annotations=[7])
     (root / "3.jpg").unlink()
     refused(r"every image must exist, missing .*3\.jpg\.")
     (root / "train2018.json").write_text("{")
@@ -252,18 +275,49 @@ def test_masks_refuse(pairs):
     root, masks = pairs
     three = {"classes": ("sea", "land", "ice"), "values": (0, 10, 20)}
     form = data.MaskPairs(root=str(root), **three)
-    two = data.MaskPairs(root=str(root), classes=("sea", "land"), values=(0, 10)).read("train")
+    two = data.MaskPairs(root=str(root), classes=("sea", "land"), values=(0, 10))
     with pytest.raises(ValueError, match=r"a\.png: values must be those of the 2 classes \(0, 10\) "
                                          r"or 255 to ignore, got 20\."):  # fmt: skip
-        two.mask(0, Window(0, 0, 40, 50))
+        two.read("train")
     with pytest.raises(ValueError, match=r"data\.values must be one number a class"):
         data.MaskPairs(root=str(root), classes=("sea", "land"), values=(0, 0)).read("train")
+    with pytest.raises(ValueError, match=r"data\.classes must be 2 to 255 names, got \('sea',\)"):
+        data.MaskPairs(root=str(root), classes=("sea",)).read("train")
     Image.fromarray(masks["a"][:, :49]).save(root / "train" / "masks" / "a.png")
     with pytest.raises(ValueError, match=r"a\.png: .* 40 x 50 px like a\.tif, found .* 40 x 49 px"):
         form.read("train")
     (root / "train" / "masks" / "a.png").unlink()
     with pytest.raises(ValueError, match=r"a\.tif: expected a mask .*a\.\*, found none"):
         form.read("train")
+
+
+@pytest.mark.parametrize("bits", [1, 8])
+def test_a_class_that_no_mask_holds_is_refused(bits, pairs):
+    """Masks of 0 and 255, which is ignored unless the recipe says what it is."""
+    root, masks = pairs
+    for name, mask in masks.items():
+        picture = Image.fromarray(np.where(mask == 10, 255, 0).astype(np.uint8))
+        path = root / "train" / "masks" / f"{name}.png"
+        (picture.convert("1", dither=Image.Dither.NONE) if bits == 1 else picture).save(path)
+    two = {"root": str(root), "classes": ("sea", "land")}
+    match = r"masks: every class must occur, found none of 'land', value 1; there are 0 and 255, "
+    with pytest.raises(ValueError, match=match + r"data\.ignore\. data\.values gives"):
+        data.MaskPairs(**two).read("train")
+    found = data.MaskPairs(**two, values=(0, 255), ignore=254).read("train")
+    expected = (masks["a"] == 10).astype(np.uint8)
+    assert (found.mask(0, Window(0, 0, 40, 50)).numpy() == expected).all()
+
+
+def test_a_mask_with_a_palette_is_its_numbers(pairs):
+    root, masks = pairs
+    numbers = {0: 0, 10: 1, 20: 2, 255: 255}
+    for name, mask in masks.items():
+        picture = Image.fromarray(np.vectorize(numbers.get)(mask).astype(np.uint8), mode="P")
+        picture.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0] + [255] * 759)
+        picture.save(root / "train" / "masks" / f"{name}.png")
+    found = data.MaskPairs(root=str(root), classes=("sea", "land", "ice")).read("train")
+    expected = np.vectorize(numbers.get)(masks["b"])
+    assert (found.mask(1, Window(0, 0, 64, 33)).numpy() == expected).all()
 
 
 def test_cells_take_the_class_in_their_middle():
@@ -331,11 +385,14 @@ def test_coco_boxes(coco):
         ([70, 10, 20, 5], r"annotation 9 must have a box inside its image of 60 x 80 px, got"),
         ([-2, 10, 20, 5], r"annotation 9 must have a box inside its image of 60 x 80 px, got"),
         ([float("nan"), 1, 2, 3], r"annotation 9 must have a box inside"),
+        ([1, 2, 3], r"annotation 9 must have a box of left, top, width, height, got \[1, 2, 3\]"),
+        ([1, 2, "3", 4], r"annotation 9 must have a box of left, top, width, height, got"),
+        ([-0.5, 2, 0.2, 4], r"annotation 9 must have a part inside its image of 60 x 80 px, got"),
     ],
 )
 def test_coco_refuses_a_box(coco, box, match):
     root, table, note = coco
-    table["annotations"].append(note(9, 1, 26, box))
+    table["annotations"].append(note(9, 1, 26, [1, 1, 1, 1]) | {"bbox": box})
     (root / "annotations" / "train.json").write_text(json.dumps(table))
     with pytest.raises(ValueError, match=match):
         data.Coco(root=str(root)).read("train")
@@ -353,6 +410,16 @@ def test_coco_refuses(coco):
     refused("annotation 9 must have an image", annotations=[note(9, 5, 26, [1, 1, 2, 2])])
     refused("annotation 9 must have a category", annotations=[note(9, 1, 6, [1, 1, 2, 2])])
     refused("expected a category 'bus', found none", data.Coco(root=str(root), classes=("bus",)))
+    refused(r"annotation 9 must have bbox \(list\), got None",
+            annotations=[{"id": 9, "image_id": 1, "category_id": 26}])  # fmt: skip
+    refused(r"annotation at 0 must have image_id \(int \| str\), got None", annotations=[{}])
+    image = table["images"][0]
+    for key in ("id", "file_name", "height", "width"):
+        broken = {name: value for name, value in image.items() if name != key}
+        refused(rf"image .* must have {key} \(", images=[broken])
+    refused(r"category 7 must have name \(str\), got None", categories=[{"id": 7}])
+    refused(r"train\.json: image 1 must be 1000 x 80 px as it says, found 60 x 80 px in .*1\.png",
+            images=[image | {"height": 1000}], annotations=[])  # fmt: skip
     (root / "train" / "aachen" / "2.png").unlink()
     refused(r"every image must exist, missing .*2\.png\.")
 
@@ -430,7 +497,11 @@ def test_xview3_scene_as_one_file_of_two_bands(xview3):
         (4, "100", r"csv, line 2: a detection must lie in its scene of 100 x 140 px, got row 100"),
         (4, "", r"a detection must lie in its scene"),
         (9, "zz", r"csv, line 2: expected a scene, found no 'zz'\."),
-        (6, "maybe", r"csv, line 2: is_vessel must be a number, true, false or empty, got 'maybe'"),
+        (6, "maybe", r"csv, line 2: is_vessel must be true, false, 1, 0 or empty, got 'maybe'"),
+        (6, "3", r"csv, line 2: is_vessel must be true, false, 1, 0 or empty, got '3'"),
+        (7, "high", r"csv, line 2: is_fishing must be true, false, 1, 0 or empty, got 'high'"),
+        (10, "7", r"csv, line 2: confidence must be low, medium, high, 0, 1, 2 or empty, got '7'"),
+        (4, "high", r"csv, line 2: detect_scene_row must be a number or empty, got 'high'"),
     ],
 )
 def test_xview3_refuses_a_line(xview3, column, value, match):

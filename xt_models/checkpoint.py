@@ -1,4 +1,5 @@
-"""Models as folders: `model.safetensors`, `config.json` (all that `XT` needs), `README.md`.
+"""Models as folders: `model.safetensors`, `config.json` (all that `XT` needs), `README.md`, and
+`classes.json`, the names of the classes by head, where they are known.
 
 Loading is strict: every tensor of the model is in the file, and the file holds no other.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,15 +23,16 @@ from torch import nn
 
 from .journal import sync_file, sync_folder
 
-CARD = "README.md"
+CARD, CLASSES = "README.md", "classes.json"
 
 
 class HubModel(ModelHubMixin, library_name="xt-kernels"):
     """`save_pretrained`, `from_pretrained` and `push_to_hub` for a module with a `config`, the
-    dataclass that its class is built from.
+    dataclass that its class is built from, and `class_names`.
     """
 
     config: Any
+    class_names: dict[str, tuple[str, ...]]
 
     def save_pretrained(
         self,
@@ -54,9 +57,10 @@ class HubModel(ModelHubMixin, library_name="xt-kernels"):
             super().save_pretrained(
                 part, config=asdict(self.config), model_card_kwargs=model_card_kwargs
             )
-            (folder / CONFIG_NAME).unlink(missing_ok=True)
-            for name in (CARD, SAFETENSORS_SINGLE_FILE, CONFIG_NAME):
-                if name != CARD or not (folder / CARD).exists():
+            for name in (CONFIG_NAME, CLASSES):
+                (folder / name).unlink(missing_ok=True)
+            for name in (CARD, CLASSES, SAFETENSORS_SINGLE_FILE, CONFIG_NAME):
+                if Path(part, name).exists() and (name != CARD or not (folder / CARD).exists()):
                     sync_file(Path(part, name))
                     os.replace(Path(part, name), folder / name)
         sync_folder(folder)
@@ -78,6 +82,9 @@ class HubModel(ModelHubMixin, library_name="xt-kernels"):
             is_shared = tensor.untyped_storage().data_ptr() in memory
             memory.add(tensor.untyped_storage().data_ptr())
             state[name] = tensor.clone() if is_shared else tensor.contiguous()
+        if self.class_names:
+            text = json.dumps(self.class_names, indent=1, ensure_ascii=False)
+            (save_directory / CLASSES).write_text(text + "\n")
         save_file(state, save_directory / SAFETENSORS_SINGLE_FILE, metadata={"format": "pt"})
 
     @classmethod
@@ -127,13 +134,14 @@ class HubModel(ModelHubMixin, library_name="xt-kernels"):
             raise ValueError(f"{cls.__name__}: {model_id} must hold {CONFIG_NAME}, found none.")
         with torch.random.fork_rng(devices=[]):  # of the weights that are about to be replaced
             model: Any = cls(config=config, **model_kwargs)
-        if Path(model_id).is_dir():
-            file = Path(model_id, SAFETENSORS_SINGLE_FILE)
-        else:
-            file = Path(
+
+        def find(name: str) -> Path:
+            if Path(model_id).is_dir():
+                return Path(model_id, name)
+            return Path(
                 hf_hub_download(
                     model_id,
-                    SAFETENSORS_SINGLE_FILE,
+                    name,
                     revision=revision,
                     cache_dir=cache_dir,
                     force_download=force_download,
@@ -141,6 +149,10 @@ class HubModel(ModelHubMixin, library_name="xt-kernels"):
                     token=token,
                 )
             )
+
+        file = find(SAFETENSORS_SINGLE_FILE)
+        with suppress(EntryNotFoundError):
+            model.class_names = _read_class_names(find(CLASSES))
         try:
             state = load_file(file, device=str(map_location))
         except SafetensorError as error:
@@ -166,6 +178,23 @@ class HubModel(ModelHubMixin, library_name="xt-kernels"):
             'model = xm.XT.from_pretrained("FOLDER")  # this folder, or its name on the hub\n```\n'
             f"\n| setting | value |\n| --- | --- |\n{rows}\n"
         )
+
+
+def _read_class_names(path: Path) -> dict[str, tuple[str, ...]]:
+    """Names of classes by head; none if there is no such file."""
+    if not path.exists():
+        return {}
+    rule = f"{path} must hold lists of names by head, as JSON"
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{rule} ({error}).") from error
+    if not isinstance(found, dict) or not all(
+        isinstance(names, list) and all(isinstance(n, str) for n in names)
+        for names in found.values()
+    ):
+        raise ValueError(f"{rule}, found {str(found)[:40]}.")
+    return {head: tuple(names) for head, names in found.items()}
 
 
 def check_state(

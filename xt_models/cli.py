@@ -381,7 +381,8 @@ def predict(
         result = _run(model, source, None, options)
         assert result.logits is not None
         record = {"image": source.name, "embedding": result.embedding.tolist()}
-        text = json.dumps(record | class_scores(result.logits), indent=1)
+        record |= class_scores(result.logits, model.class_names.get("head", ()))
+        text = json.dumps(record, indent=1)
         if out is None:
             click.echo(text)
             return
@@ -693,7 +694,7 @@ def _numbers_line(found: dict[str, float]) -> str:
     return f"step {found['step']}, epoch {found['epoch']:.4g}: " + ", ".join(rest)
 
 
-def _table_options(steps: int, batch: str) -> Callable[..., Any]:
+def _table_options(steps: int | None, batch: str) -> Callable[..., Any]:
     options = [
         click.option("-o", "--out", required=True, type=click.Path(path_type=Path),
                      help="Folder to make."),
@@ -747,12 +748,21 @@ def megapixel_digits(**options: Any) -> None:
 
 @train_.command()
 @click.argument("what", type=click.Choice(["encoder", "depth", "resolution", "locality"]))
-@_table_options(1000, "64 images")
-def ablate(what: str, rows: str | None, **options: Any) -> None:
-    """The paper's ablations (tables 5a, 5b, 5c, 6) on the images of cue-digits."""
-    from .train.ablate import ABLATIONS
+@click.option("--task", type=click.Choice(["cue-digits", "shoreline"]), default="cue-digits",
+              show_default=True, help="Whose images; shoreline has no resolution.")  # fmt: skip
+@_table_options(None, "the task's size")
+def ablate(what: str, task: str, rows: str | None, steps: int | None, **options: Any) -> None:
+    """The paper's ablations (tables 5a, 5b, 5c, 6) on the images of a task."""
+    from .train.table import find_task
 
-    _train_table("ablate", rows=rows or ",".join(ABLATIONS[what]), **options)
+    name = "ablate" if task == "cue-digits" else f"ablate-{task}"
+    known = find_task(name)
+    if what not in known.ABLATIONS:
+        raise click.BadParameter(
+            f"of {task} are {', '.join(known.ABLATIONS)}, got {what}.", param_hint="WHAT"
+        )
+    rows = rows or ",".join(known.ABLATIONS[what])
+    _train_table(name, rows=rows, steps=steps or known.STEPS, **options)
 
 
 def _train_table(

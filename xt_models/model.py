@@ -183,10 +183,11 @@ class XT(nn.Module, HubModel):
     region_encoder: a ready encoder to use instead of building `config.encoder` with random weights.
 
     Attributes: head, the classification head or None; heads, the others by name, each with
-    `loss(output, target)` and `predict(output)`; recompute, regions that go through the region
-    encoder and through heads on maps at once while gradients are recorded, and once more in the
-    backward pass, None for all at once and nothing again. Batch norm in a decoder then takes its
-    statistics over that many.
+    `loss(output, target)` and `predict(output)`; class_names, of the classes of a head in their
+    order, by its name, "head" for the first, where they are known; recompute, regions that go
+    through the region encoder and through heads on maps at once while gradients are recorded, and
+    once more in the backward pass, None for all at once and nothing again. Batch norm in a decoder
+    then takes its statistics over that many.
     """
 
     config: XTConfig
@@ -259,6 +260,7 @@ class XT(nn.Module, HubModel):
             {name: build_head(name, options, trunk) for name, options in config.heads.items()}
         )
         self.recompute: int | None = None
+        self.class_names: dict[str, tuple[str, ...]] = {}
 
     @property
     def stride(self) -> int:

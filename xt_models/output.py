@@ -294,19 +294,31 @@ def write_embedding(
         "embedding": embedding.tolist(),
     }
     if logits is not None:
-        record |= {"logits": logits.tolist()} | class_scores(logits)
+        record |= {"logits": logits.tolist()}
+        record |= class_scores(logits, model.class_names.get("head", ()))
     if heads:
-        record["heads"] = {name: {"scores": scores.tolist()} for name, scores in heads.items()}
+        record["heads"] = {
+            name: {"scores": scores.tolist()} | named_classes(model.class_names.get(name, ()))
+            for name, scores in heads.items()
+        }
     path.write_text(json.dumps(record, indent=1))
 
 
-def class_scores(logits: np.ndarray[Any, Any]) -> dict[str, Any]:
-    """Softmax scores of all classes, and the five best as [class, score]."""
+def named_classes(names: Sequence[str]) -> dict[str, Any]:
+    """The names of classes for a record, where they are known."""
+    return {"classes": list(names)} if names else {}
+
+
+def class_scores(logits: np.ndarray[Any, Any], names: Sequence[str] = ()) -> dict[str, Any]:
+    """Softmax scores of all classes, and the five best as [class, score]: its name, or its number
+    where names are not known."""
     scores = torch.from_numpy(logits).double().softmax(0)
     best = scores.topk(min(5, len(scores)))
+    top = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return {
+        **named_classes(names),
         "scores": scores.tolist(),
-        "top": [[int(i), float(s)] for i, s in zip(best.indices, best.values, strict=True)],
+        "top": [[names[i] if names else i, score] for i, score in top],
     }
 
 

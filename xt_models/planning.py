@@ -9,14 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from xt_kernels.regions import RegionGrid
+
 from .context_encoder import Memory
 from .encoding import BatchEncoder, rows_of_a_batch
+from .group_walk import REGIONS_AT_ONCE
 from .host import available_memory, current_rss, free_disk, peak_rss, reset_peak_rss
 from .mamba import MambaContextEncoder
 from .model import XT
@@ -28,6 +32,9 @@ from .streaming import Precision, Visit, check_bands, drop_value, is_compiled, s
 
 PROBE_TOKENS = 1024
 """Longest sequence that the probe of a context encoder runs; longer ones are worked out."""
+
+PROBE_SIDE = 4
+"""Regions a side of the largest group that a head is tried on; larger ones are worked out."""
 
 TRIAL_SECONDS = 5.0
 """A trial ends after this time if it has seen two chunks, after three times as long in any case."""
@@ -84,7 +91,9 @@ def plan(
     compile: bool | None = None,
     out: str | Path = ".",
 ) -> Plan:
-    """Tells what `stream` with the same arguments will take; takes a few seconds itself.
+    """Tells what `stream` with the same arguments will take, with the model's heads; takes a few
+    seconds itself. The candidates for boxes, which a run keeps to its end, are not counted: their
+    number is in the image.
 
     On CUDA the memory is that of the device and its allocator; on CPU resident memory.
     """
@@ -119,6 +128,8 @@ def plan(
         side = grid.region // model.stride
         block = side * side * REGIONS_PER_BLOCK * model.num_features * 4
         memory += 4 * block + min(grid.height * grid.width, PREVIEW_SIDE**2) * 4 * 3
+    heads_seconds, heads_memory = _heads_cost(model, grid, device, dtype)
+    seconds, memory = seconds + heads_seconds, memory + heads_memory
     return Plan(
         height=source.height,
         width=source.width,
@@ -295,6 +306,39 @@ def _equal_share(reader: Reader) -> float:
         if time.perf_counter() - start > SAMPLE_SECONDS:
             break
     return spared / count
+
+
+def _heads_cost(
+    model: XT, grid: RegionGrid, device: torch.device, dtype: torch.dtype
+) -> tuple[float, int]:
+    """(seconds, bytes) of the heads on maps over a whole image: what waits for their groups, and
+    the largest call of one, tried on groups of at most `PROBE_SIDE` regions a side."""
+    seconds, waiting, largest = 0.0, 0, 0
+    encoder = model.region_encoder
+    maps = [(model.stride, model.num_features)]
+    maps += [(int(encoder.strides[i]), int(encoder.channels[i])) for i in model.stages]
+    region_bytes = sum((grid.region // s) ** 2 * c for s, c in maps) * dtype.itemsize
+    for head in model.group_heads.values():
+        groups = head.groups(grid)
+        rows, cols = groups[0].rows, groups[0].cols
+        at_once = max(REGIONS_AT_ONCE // (rows * cols), 1)
+        calls = -(-len(groups) // at_once)
+        tried = min(rows, PROBE_SIDE), min(cols, PROBE_SIDE)
+
+        def zeros(stride: int, width: int, n: int = at_once, t: Any = tried) -> torch.Tensor:
+            side = grid.region // stride
+            return torch.zeros(n, width, t[0] * side, t[1] * side, device=device, dtype=dtype)
+
+        tokens = zeros(*maps[0])
+        stages = {i: zeros(encoder.strides[i], encoder.channels[i]) for i in head.stages}
+        each, memory = _measure(partial(head, tokens, stages), device)
+        share = rows * cols / (tried[0] * tried[1])
+        seconds += calls * each * share
+        given = sum(t.nbytes for t in (tokens, *stages.values()))
+        largest = max(largest, int((memory + given) * share))
+        if rows * cols > 1:
+            waiting = max(waiting, rows * grid.cols * region_bytes)
+    return seconds, waiting + largest
 
 
 def _long_mix_cost(

@@ -18,7 +18,7 @@ from .heads.boxes import Boxes, BoxHead
 from .heads.dense import MapHead, own_part
 from .heads.xview3 import Points, XView3Head
 from .model import XT
-from .output import MapWriter, map_attributes
+from .output import MapWriter, map_attributes, named_classes
 from .source import ImageSource
 
 TILE = 256
@@ -123,7 +123,8 @@ class HeadOutputs:
             boxes = head.merge(self._found[name])
             found[name] = {key: value.numpy() for key, value in boxes.items()}
             if self._folder is not None:
-                files += write_boxes(self._folder, name, self._source, found[name])
+                names = self._model.class_names.get(name, ())
+                files += write_boxes(self._folder, name, self._source, found[name], names)
         return found, files
 
 
@@ -155,6 +156,7 @@ class MapFile:
         self._dtype = np.dtype(dtype)
         attributes = map_attributes(model, source, head.output_stride)
         self._attributes = attributes | {"nodata": None if np.isnan(self.empty) else self.empty}
+        self._attributes |= named_classes(model.class_names.get(name, ()))
         self.writer = MapWriter(
             self._array, grid, head.output_stride, channels, dtype, self.empty,
             self._attributes, blocks,
@@ -214,14 +216,15 @@ def write_tiff(
     """A tiled, deflated BigTIFF of a zarr map `[h, w, C]`, strip by strip; a cloud-optimised one
     with overviews where rasterio is installed.
 
-    metadata: of the image, for its coordinate system. attributes: transform and nodata of the map.
+    metadata: of the image, for its coordinate system. attributes: transform and nodata of the map,
+    and the names of its classes, which the file's description then holds as JSON.
     """
     import tifffile
     import zarr
 
     data = zarr.open_array(str(array), mode="r")
     tags = geo_tags(attributes.get("transform"), metadata)
-    nodata = attributes["nodata"]
+    nodata, classes = attributes["nodata"], attributes.get("classes")
     tags.append((42113, 2, 0, "nan" if nodata is None else str(nodata), True))
     rows, cols, channels = data.shape
     shape = (rows, cols) if channels == 1 else (rows, cols, channels)
@@ -236,6 +239,7 @@ def write_tiff(
             compression="zlib",
             extratags=tags,
             metadata=None,
+            description=json.dumps({"classes": classes}) if classes else None,
             software=False,
             buffersize=1 << 24,  # bytes of tiles that wait to be compressed
         )
@@ -302,17 +306,23 @@ def _optimise(path: Path, metadata: dict[str, Any], attributes: dict[str, Any]) 
 
 
 def write_boxes(
-    folder: Path, name: str, source: ImageSource, found: dict[str, np.ndarray[Any, Any]]
+    folder: Path,
+    name: str,
+    source: ImageSource,
+    found: dict[str, np.ndarray[Any, Any]],
+    classes: Sequence[str] = (),
 ) -> list[Path]:
     """`<name>.json`, a COCO data set of one image with scores, boxes in pixels; `<name>.geojson`,
-    rectangles in the image's coordinate system, in pixels where it has none."""
+    rectangles in the image's coordinate system, in pixels where it has none. classes: names of the
+    labels; without them those that occur are named by their numbers."""
     boxes, scores, labels = (found[key] for key in ("boxes", "scores", "labels"))
+    names = dict(enumerate(classes)) or {int(i): str(i) for i in np.unique(labels)}
     coco, geojson = folder / f"{name}.json", folder / f"{name}.geojson"
     record: dict[str, Any] = {
         "images": [
             {"id": 1, "file_name": source.name, "height": source.height, "width": source.width}
         ],
-        "categories": [{"id": int(i), "name": str(i)} for i in np.unique(labels)],
+        "categories": [{"id": i, "name": each} for i, each in names.items()],
         "annotations": [
             {
                 "id": i + 1,
@@ -334,7 +344,7 @@ def write_boxes(
         _feature(
             "Polygon",
             [[place(x, y) for x, y in ((x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0))]],
-            {"label": int(label), "score": float(score)},
+            {"label": int(label), "name": names[int(label)], "score": float(score)},
         )
         for (x0, y0, x1, y1), score, label in zip(
             boxes.astype(float).tolist(), scores, labels, strict=True

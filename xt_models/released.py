@@ -99,8 +99,10 @@ def convert_checkpoint(file: str | Path, out: str | Path) -> Converted:
         state = _without_tables(state, dict(model.named_buffers()), file)
         check_state(state, model.state_dict(), str(file))
         for name, tensor in state.items():
-            if not tensor.isfinite().all():
-                raise ValueError(f"{file} must hold finite weights, found others in {name}.")
+            if not tensor.float().isfinite().all():
+                raise ValueError(
+                    f"{file} must hold weights finite in fp32, found others in {name}."
+                )
         model.load_state_dict(state)
         with file.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -153,7 +155,10 @@ def _weights(payload: Any, file: Path) -> tuple[dict[str, torch.Tensor], list[st
         is_table = str(name).endswith(TABLES)
         if value.dtype not in DTYPES and not is_table:
             raise ValueError(f"{file}: {name} must hold real numbers, found {value.dtype}.")
-        state[str(name).removeprefix("module.")] = value.detach()
+        plain_name = str(name).removeprefix("module.")
+        if plain_name in state:
+            raise ValueError(f"{file} must hold one tensor a weight, found two of {plain_name}.")
+        state[plain_name] = value.detach()
     return state, left_behind
 
 
@@ -188,6 +193,8 @@ def _without_tables(
     for name, tensor in state.items():
         ours = next((re.sub(old, new, name) for old, new in NAMES if re.fullmatch(old, name)), name)
         if not name.endswith(TABLES):
+            if ours in weights:
+                raise ValueError(f"{file} must hold one tensor a weight, found two of {ours}.")
             weights[ours] = tensor
             continue
         table = buffers.get(ours)

@@ -28,7 +28,8 @@ def coco_map(
     targets: the same without scores; `is_crowd` `[N]` marks boxes that need not be found.
     max_boxes: of each class in an image, the best ones, that count (COCO: 100).
 
-    Raises ValueError for lists of other lengths or no object, ImportError without pycocotools.
+    Raises ValueError for lists of other lengths, no object, one of no size or boxes that are not
+    finite; ImportError without pycocotools.
     """
     try:
         from pycocotools.coco import COCO
@@ -40,14 +41,18 @@ def coco_map(
     truth: list[dict[str, Any]] = []
     found: list[dict[str, Any]] = []
     for image, (prediction, target) in enumerate(zip(predictions, targets, strict=True), 1):
-        boxes = _xywh(target["boxes"])
+        boxes = _xywh(target, ("labels", "is_crowd"), "targets", image - 1)
+        if any(not (width > 0 and height > 0) for *_, width, height in boxes):
+            rule = f"have boxes of a width and a height above zero, image {image - 1}"
+            fail("coco_map", "targets", rule, np.asarray(target["boxes"]).tolist())
         crowd = target.get("is_crowd", np.zeros(len(boxes)))
         for box, label, is_crowd in zip(boxes, target["labels"], crowd, strict=True):
             truth.append(
                 {"id": len(truth) + 1, "image_id": image, "category_id": int(label), "bbox": box,
                  "area": box[2] * box[3], "iscrowd": int(is_crowd)}
             )  # fmt: skip
-        rows = _xywh(prediction["boxes"]), prediction["labels"], prediction["scores"]
+        found_boxes = _xywh(prediction, ("labels", "scores"), "predictions", image - 1)
+        rows = found_boxes, prediction["labels"], prediction["scores"]
         for box, label, score in zip(*rows, strict=True):
             found.append(
                 {"image_id": image, "category_id": int(label), "bbox": box, "score": float(score)}
@@ -81,8 +86,17 @@ def coco_map(
     return dict(zip(NAMES, means, strict=True))
 
 
-def _xywh(boxes: Any) -> list[list[float]]:
-    corners = np.asarray(boxes).astype(np.float64).reshape(-1, 4)
+def _xywh(
+    objects: Mapping[str, Any], columns: Sequence[str], what: str, image: int
+) -> list[list[float]]:
+    """Boxes (left, top, width, height) of an image, whose columns are as long."""
+    corners = np.asarray(objects["boxes"]).astype(np.float64).reshape(-1, 4)
+    for name in columns:
+        if name in objects and len(objects[name]) != len(corners):
+            rule = f"have one of {name} a box = {len(corners)}, image {image}"
+            fail("coco_map", what, rule, len(objects[name]))
+    if not np.isfinite(corners).all():
+        fail("coco_map", what, f"have finite boxes, image {image}", corners.tolist())
     corners[:, 2:] -= corners[:, :2]
     rows: list[list[float]] = corners.tolist()
     return rows

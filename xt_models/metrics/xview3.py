@@ -40,7 +40,8 @@ def xview3_scores(
 
     F1 of detections is over all scenes at once; of vessels over the matched objects whose answer is
     known; of fishing over those of them that are vessels.
-    Raises ValueError for lists of other lengths.
+    Raises ValueError for lists of other lengths, columns of other lengths, and predictions that are
+    not finite.
     """
     if len(predictions) != len(targets):
         rule = f"be one dict a scene = {len(targets)}"
@@ -51,6 +52,8 @@ def xview3_scores(
     found, shore, vessel, fishing = (np.zeros(3, dtype=int) for _ in range(4))  # tp, fp, fn
     errors: list[float] = []
     for i, (scene, truth) in enumerate(zip(predictions, targets, strict=True)):
+        _check_columns("predictions", scene, i, finite=(*_PLACE, *_ANSWERS))
+        _check_columns("targets", truth, i, finite=_PLACE)
         ours, theirs = _places(scene), _places(truth)
         is_low = np.asarray(truth.get("is_low", np.zeros(len(theirs))), dtype=bool)
         pairs = _match(ours, theirs, tolerance_m / pixel_m)
@@ -92,6 +95,22 @@ def xview3_scores(
         "recall": tp / (tp + fn) if tp else 0.0,
         **parts,
     }
+
+
+_PLACE, _ANSWERS = ("row", "col"), ("is_vessel", "is_fishing", "length_m")
+
+
+def _check_columns(what: str, objects: Objects, scene: int, finite: tuple[str, ...]) -> None:
+    """Columns are as long as the first one; those of `finite` hold finite numbers."""
+    count = len(objects["row"])
+    for name in (*_PLACE, *_ANSWERS, *(n for n in ("shore_km", "is_low") if n in objects)):
+        values = np.asarray(objects[name], dtype=float)
+        if values.shape != (count,):
+            rule = f"have {name} [N] = [{count}], scene {scene}"
+            fail("xview3_scores", what, rule, list(values.shape))
+        if name in finite and not np.isfinite(values).all():
+            rule = f"have a finite {name}, scene {scene}"
+            fail("xview3_scores", what, rule, float(values[~np.isfinite(values)][0]))
 
 
 def _places(objects: Objects) -> Array:

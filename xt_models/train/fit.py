@@ -3,8 +3,7 @@
 OUT.part/            locked by the run that writes it; becomes OUT at the end
   checkpoint.pt      weights, optimizer, step, lengths of the logs: what a run goes on from
   log.csv            a line a step; validation.csv a line a validation
-  best/              the model with the best metric so far, as `save_pretrained` leaves it, and
-                     classes.json, the names of its classes in order
+  best/              the model with the best metric so far, as `save_pretrained` leaves it
   model/             the same at the end
   run.json           written last: recipe, results, versions, checksums of all files
 """
@@ -20,7 +19,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -83,7 +82,8 @@ def fit(
 
     Raises ValueError for data or a recipe that cannot work, before any work, and if `<out>.part`
     was begun with another recipe or other data; NotFiniteError, naming the step, when a loss or
-    gradient is not finite: the checkpoint stays as it was.
+    gradient is not finite: the checkpoint stays as it was. Any other end leaves a checkpoint of the
+    last step, and one before the first step nothing.
     """
     need("xt train", "accelerate", "accelerate", "train")
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -116,9 +116,18 @@ def build_model(recipe: Recipe, task: Task) -> XT:
     if want.weights:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.train.seed)
-            return _with_head(XT.from_pretrained(want.weights), task.model_fields())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RandomWeightsWarning)  # they are about to be trained
+            model = _with_head(XT.from_pretrained(want.weights), task.model_fields())
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RandomWeightsWarning)  # they are about to be trained
+            model = _new_model(recipe, task)
+    model.class_names[task.head or "head"] = task.classes
+    return model
+
+
+def _new_model(recipe: Recipe, task: Task) -> XT:
+    want = recipe.model
+    try:
         return create_model(
             want.name,
             context=None if want.context == "none" else want.context,
@@ -126,11 +135,19 @@ def build_model(recipe: Recipe, task: Task) -> XT:
             seed=recipe.train.seed,
             **(dict(want.fields or {}) | task.model_fields()),
         )
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{error} Random weights in a recipe: --set model.pretrained=false."
+        ) from error
 
 
 def _with_head(model: XT, fields: dict[str, Any]) -> XT:
-    """The same trunk, with the head of `fields`, whose weights are kept where their shapes are."""
-    new = XT(replace(model.config, **fields))
+    """The same trunk and heads, with the head of `fields`, whose weights are kept where their
+    shapes are."""
+    old = model.config
+    heads = old.heads | fields.get("heads", {})
+    new = XT(replace(old, num_classes=fields["num_classes"] or old.num_classes, heads=heads))
+    new.class_names = dict(model.class_names)
     known = model.state_dict()
     for name, tensor in new.state_dict().items():
         if name in known and known[name].shape == tensor.shape:
@@ -215,14 +232,17 @@ class _Fitter:
     def __init__(self, recipe: Recipe, task: Task, model: XT, accelerator: Any) -> None:
         self.recipe, self.task, self.accelerator = recipe, task, accelerator
         train, world = recipe.train, accelerator.num_processes
-        if train.batch_size % (train.accumulate * world):
+        parts = train.accumulate * world
+        if train.batch_size % (parts * (2 if task.mixes_pairs else 1)):
             raise ValueError(
                 f"train.batch_size must be a multiple of train.accumulate x processes = "
-                f"{train.accumulate} x {world}, got {train.batch_size}."
+                f"{train.accumulate} x {world}{', twice for mixup and cutmix' * task.mixes_pairs}, "
+                f"got {train.batch_size}."
             )
         model.recompute = train.recompute or None
         self.per_epoch = task.length("train") / train.batch_size
         self.steps = max(1, math.ceil(train.epochs * self.per_epoch))
+        self.validate_every = max(1, math.ceil(train.validate_every * self.per_epoch))
         self.model = model
         self.optimizer = torch.optim.AdamW(
             weight_decay_groups(model, train.weight_decay),
@@ -234,6 +254,7 @@ class _Fitter:
         self.identity["recipe"]["train"].pop("workers")  # changes no result
         self.identity = json.loads(json.dumps(self.identity))
         self.step = 0
+        self.is_whole = True  # weights, optimizer and logs are those of `step`
         self.best: float | None = None
         self.last: dict[str, float] = {}
         self.lengths = {"log.csv": 0, "validation.csv": 0}
@@ -256,7 +277,7 @@ class _Fitter:
             try:
                 yield
             except BaseException:
-                if self.is_main and not self._saved:
+                if self.is_main and not self.step:
                     shutil.rmtree(self.part, ignore_errors=True)
                 raise
             if self.is_main:
@@ -289,7 +310,7 @@ class _Fitter:
         self.step, self.best = state["step"], state["best"]
         self.last, self.lengths = state["last"], state["lengths"]
 
-    def _save(self, *logs: _Log) -> None:
+    def _save(self, logs: list[_Log]) -> None:
         """Writes the checkpoint, whole or not at all."""
         self.lengths = dict(zip(self.lengths, (log.length for log in logs), strict=True))
         state = {
@@ -327,44 +348,35 @@ class _Fitter:
             train, self.step, self.steps,
             self.accelerator.process_index, self.accelerator.num_processes,
         ))  # fmt: skip
-        validate_every = max(1, math.ceil(train.validate_every * self.per_epoch))
-        has_validation = self.task.length("val") > 0
         with ExitStack() as stack:
+            logs: list[_Log] = []
+            board = _Board(None)
             if self.is_main:
                 on_start(self.step, self.steps)
-                log, validations = (
-                    stack.enter_context(_Log(self.part / name, length))
-                    for name, length in self.lengths.items()
-                )
+                for name, length in self.lengths.items():
+                    logs.append(stack.enter_context(_Log(self.part / name, length)))
                 board = _board(self.part, self.step)
                 stack.callback(board.close)
                 if not self.step:
-                    self._save(log, validations)  # a kill before the first one starts again
-            while self.step < self.steps:
-                lr = learning_rate(train, self.step, self.steps, self.per_epoch)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                loss, norm = self._step(objective, optimizer, batches)
-                self.step += 1
-                epoch = self.step / self.per_epoch
-                is_last = self.step == self.steps
-                row = {"step": self.step, "epoch": epoch, "lr": lr, "loss": loss}
-                if self.is_main:
-                    log.add(row | {"grad_norm": norm})
-                    board.add(row | {"grad_norm": norm})
-                    on_step(self.step, loss)
-                if has_validation and (is_last or self.step % validate_every == 0):
-                    found = {"step": self.step, "epoch": epoch} | self._validate(objective)
-                    self.last = found
+                    self._save(logs)  # a kill before the next one starts again
+            try:
+                # A run may have been stopped between a step and its validation.
+                self._validate_if_due(objective, logs, board, on_validation)
+                while self.step < self.steps:
+                    loss = self._advance(objective, optimizer, batches, logs, board)
                     if self.is_main:
-                        validations.add(found)
-                        board.add(found, "validation/")
-                        on_validation(found)
-                        if self.best is None or found[self.task.best] > self.best:
-                            self.best = found[self.task.best]
-                            self._keep("best")
-                if self.is_main and (is_last or self.step % train.checkpoint_every == 0):
-                    self._save(log, validations)
+                        on_step(self.step, loss)
+                    has_looked = self._validate_if_due(objective, logs, board, on_validation)
+                    is_due = has_looked or self.step % train.checkpoint_every == 0
+                    if self.is_main and (is_due or self.step == self.steps):
+                        self._save(logs)
+            except NotFiniteError:
+                raise  # with these weights the same would come again
+            except BaseException:
+                if self.is_main and self.is_whole and self.step > self._saved:
+                    with suppress(OSError):  # a full disk, which the checkpoint before outlives
+                        self._save(logs)
+                raise
         if self.is_main:
             self._keep("model")
             record = self._record() | {"seconds_since_last_start": time.perf_counter() - began}
@@ -389,10 +401,41 @@ class _Fitter:
             },
         }
 
-    def _step(
-        self, objective: nn.Module, optimizer: Any, batches: Iterator[Batch]
-    ) -> tuple[float, float]:
-        """Loss and gradient norm of one step; weights change only if both are finite."""
+    def _advance(
+        self,
+        objective: nn.Module,
+        optimizer: Any,
+        batches: Iterator[Batch],
+        logs: list[_Log],
+        board: _Board,
+    ) -> float:
+        """One step and its line in the log; its loss."""
+        lr = learning_rate(self.recipe.train, self.step, self.steps, self.per_epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        # Running statistics change in the forward pass: a step that is stopped leaves them as they
+        # were, and with them a whole state to save.
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        try:
+            loss, norm = self._gradient(objective, batches)
+        except BaseException:
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+            raise
+        self.is_whole = False
+        optimizer.step()
+        optimizer.zero_grad()
+        self.step += 1
+        if self.is_main:
+            row = {"step": self.step, "epoch": self.step / self.per_epoch, "lr": lr}
+            row |= {"loss": loss, "grad_norm": norm}
+            logs[0].add(row)
+            board.add(row)
+        self.is_whole = True
+        return loss
+
+    def _gradient(self, objective: nn.Module, batches: Iterator[Batch]) -> tuple[float, float]:
+        """Loss and gradient norm of the next step, the gradient cut; both are finite."""
         train, accelerator = self.recipe.train, self.accelerator
         objective.train()
         total = torch.zeros((), dtype=torch.float64)
@@ -410,13 +453,37 @@ class _Fitter:
         for name, value in (("loss", mean), ("gradient", norm)):
             if not math.isfinite(value):
                 kept = f"{self.part / CHECKPOINT} is that of step {self._saved}"
-                where = kept if self._saved else "no checkpoint was made before it"
+                where = kept if self.step else "no step was done before it"
                 raise NotFiniteError(
                     f"Step {self.step + 1}: the {name} must be finite, got {value}; {where}."
                 )
-        optimizer.step()
-        optimizer.zero_grad()
         return mean, norm
+
+    def _validate_if_due(
+        self,
+        objective: nn.Module,
+        logs: list[_Log],
+        board: _Board,
+        on_validation: Callable[[dict[str, float]], object],
+    ) -> bool:
+        """Validates the model of this step where that is due and not done; whether it was."""
+        is_due = self.step == self.steps or self.step % self.validate_every == 0
+        is_done = not self.step or self.last.get("step") == self.step
+        if is_done or not is_due or not self.task.length("val"):
+            return False
+        found = {"step": self.step, "epoch": self.step / self.per_epoch}
+        found |= self._validate(objective)
+        is_best = self.best is None or found[self.task.best] > self.best
+        if self.is_main:
+            if is_best:
+                self._keep("best")
+            logs[1].add(found)
+            board.add(found, "validation/")
+        self.last = found
+        self.best = found[self.task.best] if is_best else self.best
+        if self.is_main:
+            on_validation(found)
+        return True
 
     @torch.no_grad()
     def _validate(self, objective: nn.Module) -> dict[str, float]:
@@ -460,8 +527,6 @@ class _Fitter:
         part = self.part / f"{name}.part"
         shutil.rmtree(part, ignore_errors=True)
         self.model.save_pretrained(part)
-        names = json.dumps(list(self.task.classes), indent=1, ensure_ascii=False)
-        (part / "classes.json").write_text(names + "\n")
         shutil.rmtree(self.part / name, ignore_errors=True)
         os.rename(part, self.part / name)
 

@@ -219,7 +219,7 @@ def best_threshold(scores: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
 
 
 def train(
-    name: str,
+    row: str | Row,
     seed: int,
     steps: int = STEPS,
     *,
@@ -227,7 +227,7 @@ def train(
     on_steps: Callable[[int], object] = lambda steps: None,
     save: Path | None = None,
 ) -> Iterator[Point]:
-    """Trains the model of row `name` and yields its curve; the last point is the result.
+    """Trains the model of a row (or its name) and yields its curve; the last point is the result.
 
     seed: of the weights and the training scenes; the global generators are left as they were.
     steps: batches of 8 scenes, each with the four bays. regions: side of the scenes, in regions; a
@@ -235,7 +235,7 @@ def train(
     save: folder for the model, whose logits are then moved so that the threshold is 0. How it
         trains: `curve.learn`.
     """
-    row = ROWS[name]
+    name, row = (row, ROWS[row]) if isinstance(row, str) else (row.title, row)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build(row, regions)

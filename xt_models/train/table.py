@@ -19,11 +19,12 @@ import json
 import multiprocessing
 import platform
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -86,6 +87,7 @@ def write_table(
             raise ValueError(f"{name}: {option} must be at least 1, got {number}.")
     task.check()
     need(name, "matplotlib", "matplotlib", "train")
+    need(name, "scipy", "scipy", "train")
     rows = list(dict.fromkeys(rows))
     with OutputFolder(out) as folder:
         assert folder is not None
@@ -109,34 +111,33 @@ def check_row(name: str, row: str) -> None:
 
 
 def format_table(table: dict[str, Any]) -> str:
-    """The table as text, scores in percent."""
-    metric = find_task(table["task"]).METRIC
-    more = list(next(iter(table["rows"].values()))["more"])
-    heads = [head for score in (metric, *more) for head in (score, "95 %")]
-    lines = [("row", *heads, "ceiling", "s a run", "")]
+    """The table in Markdown, scores in percent: of each row those of all seeds, their mean with its
+    95 % interval, the ceiling and the seconds of a run."""
+    task, seeds = find_task(table["task"]), ", ".join(map(str, table["settings"]["seeds"]))
+    more = list(next(iter(table["rows"].values())).get("more", ()))
+    heads = [cell for score in (task.METRIC, *more) for cell in (f"{score}, seeds {seeds}", "mean")]
+    lines = [("row", *heads, "ceiling", "s a run", "what it is")]
     for name, row in table["rows"].items():
-        ceiling = row["ceiling"]
+        seconds = sum(row["seconds"]) / len(row["seconds"])
         lines.append((
-            name,
-            *(cell for score in (row, *row["more"].values()) for cell in _cells(score)),
-            "" if ceiling is None else f"{ceiling:.1f}",
-            f"{sum(row['seconds']) / len(row['seconds']):.0f}",
+            f"`{name}`",
+            *(c for score in (row, *(row.get("more") or {}).values()) for c in _cells(score, task)),
+            "" if row["ceiling"] is None else f"{row['ceiling']:.1f}",
+            f"{seconds:.0f}",
             row["title"],
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i in (0, len(widths) - 1) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    rows = [
+        f"| {' | '.join(c.ljust(w) for c, w in zip(line, widths, strict=True))} |" for line in lines
+    ]
+    return "\n".join([rows[0], f"| {' | '.join('-' * width for width in widths)} |", *rows[1:]])
 
 
-def _cells(score: dict[str, Any]) -> tuple[str, str]:
-    """Mean and half width."""
+def _cells(score: dict[str, Any], task: Any) -> tuple[str, str]:
+    """All seeds; mean and half width."""
     half = score["half_width_95"]
-    return f"{score['mean']:.1f}", "" if half is None else f"+- {half:.1f}"
+    interval = "" if half is None else f" ± {half:.1f}"
+    return ", ".join(f"{x:.1f}" for x in score[task.METRICS]), f"{score['mean']:.1f}{interval}"
 
 
 def _run_all(
@@ -250,10 +251,36 @@ def _summary(
             "xt_kernels": xt_kernels.__version__,
             "torch": torch.__version__,
             "timm": version("timm"),
-            "scikit-learn": version("scikit-learn"),
+            **_version("scikit-learn"),
             "python": platform.python_version(),
+            **_commit(),
         },
     }
+
+
+def _version(package: str) -> dict[str, str]:
+    """Of a package that not every task needs, where it is installed."""
+    try:
+        return {package: version(package)}
+    except PackageNotFoundError:
+        return {}
+
+
+def _commit() -> dict[str, Any]:
+    """That of the checkout that the package is in, and whether files of it were changed since;
+    nothing where it is in none."""
+    here = Path(__file__)
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(here.parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # not one that only holds an installation
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
+    except (OSError, subprocess.CalledProcessError):
+        return {}
 
 
 def _interval(name: str, scores: list[float]) -> dict[str, Any]:

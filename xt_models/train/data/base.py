@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -70,6 +72,48 @@ def check_files(paths: Iterable[Path], what: str) -> None:
     if missing:
         others = f" and {len(missing) - 1:,} others" if len(missing) > 1 else ""
         raise ValueError(f"{what}: every image must exist, missing {missing[0]}{others}.")
+
+
+_ENTRIES = {"images": "image", "annotations": "annotation", "categories": "category"}
+
+
+def check_list(
+    table: Any, key: str, where: str | Path, kinds: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The list under `key`, whose entries all hold values of these kinds.
+
+    Raises ValueError, naming the entry by its id or place.
+    """
+    found = table.get(key) if isinstance(table, dict) else None
+    if not isinstance(found, list):
+        raise ValueError(f"{where}: expected a list {key!r}, found none.")
+    for place, entry in enumerate(found):
+        name = entry.get("id", f"at {place}") if isinstance(entry, dict) else f"at {place}"
+        what = f"{where}: {_ENTRIES[key]} {name}"
+        if not isinstance(entry, dict):
+            raise ValueError(f"{what} must be an object, got {entry!r}.")
+        for option, kind in kinds.items():
+            if not isinstance(entry.get(option), kind) or isinstance(entry[option], bool):
+                words = getattr(kind, "__name__", str(kind))
+                raise ValueError(f"{what} must have {option} ({words}), got {entry.get(option)!r}.")
+    return found
+
+
+def read_csv(path: Path, columns: Iterable[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number and values by column, "" for none, of a CSV file with a line of names, UTF-8.
+
+    Raises ValueError if one of `columns` is not there, or for other bytes.
+    """
+    try:
+        text = path.read_text("utf-8-sig")  # spreadsheets put a mark before the first name
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8, found other bytes ({error.reason}).") from None
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    missing = set(columns) - set(reader.fieldnames or ())
+    if missing:
+        raise ValueError(f"{path}: expected a column {sorted(missing)[0]}, found none.")
+    for row in reader:
+        yield reader.line_num, {name: row.get(name) or "" for name in reader.fieldnames or ()}
 
 
 def read_json(path: Path) -> Any:

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from .base import Data, check_files, read_json
+from ...source import open_image
+from .base import Data, check_files, check_list, read_json
 from .crops import Window
 
 
@@ -74,17 +75,19 @@ class Coco(Data):
         its image, or a category that the file does not have."""
         path = self.path(getattr(self, split))
         table = read_json(path)
-        for key in ("images", "annotations", "categories"):
-            if not isinstance(table, dict) or not isinstance(table.get(key), list):
-                raise ValueError(f"{path}: expected a list {key!r}, found none.")
-        named = {c["id"]: c["name"] for c in sorted(table["categories"], key=lambda c: c["id"])}
+        kinds: dict[str, Any] = {"id": int | str, "file_name": str, "height": int, "width": int}
+        entries = check_list(table, "images", path, kinds)
+        kinds = {"image_id": int | str, "category_id": int, "bbox": list}
+        notes = check_list(table, "annotations", path, kinds)
+        categories = check_list(table, "categories", path, {"id": int, "name": str})
+        named = {c["id"]: c["name"] for c in sorted(categories, key=lambda c: c["id"])}
         classes = self.classes or classes or tuple(named.values())
         strange = [name for name in classes if name not in named.values()]
         if strange:
             raise ValueError(f"{path}: expected a category {strange[0]!r}, found none.")
-        images = {image["id"]: image for image in table["images"]}
+        images = {image["id"]: image for image in entries}
         found: dict[Any, list[tuple[list[float], int, bool]]] = {key: [] for key in images}
-        for note in table["annotations"]:
+        for note in notes:
             where = f"{path}: annotation {note.get('id')}"
             if note["image_id"] not in images:
                 raise ValueError(f"{where} must have an image of the file, got {note['image_id']}.")
@@ -103,6 +106,8 @@ class Coco(Data):
         check_files(paths, str(path))
         if not paths:
             raise ValueError(f"{path}: expected at least one image, found none.")
+        for file, image in zip(paths, images.values(), strict=True):
+            _check_size(file, image, path)
         rows = list(found.values())
         return Boxed(
             classes,
@@ -117,7 +122,12 @@ class Coco(Data):
 
 def _box(note: dict[str, Any], image: dict[str, Any], where: str) -> list[float]:
     """(left, top, right, bottom), cut to the image where it is out by less than a pixel."""
-    left, top, width, height = map(float, note["bbox"])
+    numbers = [v for v in note["bbox"] if isinstance(v, int | float)]
+    if not len(numbers) == len(note["bbox"]) == 4:
+        raise ValueError(
+            f"{where} must have a box of left, top, width, height, got {note['bbox']}."
+        )
+    left, top, width, height = map(float, numbers)
     if not (width > 0 and height > 0):
         raise ValueError(
             f"{where} must have a box of a width and height above 0, got {note['bbox']}."
@@ -127,4 +137,20 @@ def _box(note: dict[str, Any], image: dict[str, Any], where: str) -> list[float]
         raise ValueError(
             f"{where} must have a box inside its image of {rows} x {cols} px, got {note['bbox']}."
         )
-    return [max(left, 0.0), max(top, 0.0), min(right, float(cols)), min(bottom, float(rows))]
+    box = [max(left, 0.0), max(top, 0.0), min(right, float(cols)), min(bottom, float(rows))]
+    if box[0] >= box[2] or box[1] >= box[3]:
+        raise ValueError(
+            f"{where} must have a part inside its image of {rows} x {cols} px, got {note['bbox']}."
+        )
+    return box
+
+
+def _check_size(file: Path, image: dict[str, Any], where: Path) -> None:
+    """Raises ValueError unless a file has the size that the JSON file says."""
+    with open_image(file) as source:
+        found, said = (source.height, source.width), (image["height"], image["width"])
+    if found != said:
+        raise ValueError(
+            f"{where}: image {image['id']} must be {said[0]} x {said[1]} px as it says, found "
+            f"{found[0]} x {found[1]} px in {file}."
+        )

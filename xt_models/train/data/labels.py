@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .base import Data, Labelled, check_files, read_json
+from .base import Data, Labelled, check_files, check_list, read_csv, read_json
 
 SUFFIXES = frozenset(".tif .tiff .btf .png .jpg .jpeg .npy .zarr .jp2 .svs".split())
+UNREAD = frozenset(".webp .bmp .gif .heic .heif .avif .tga .ppm .pgm".split())
+"""Pictures that `open_image` does not read: left out in silence they would be missed by nobody."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class ImageFolder(Labels):
             raise ValueError(f"{folder / strange[0]}: expected a class of the training images.")
         paths, labels = [], []
         for name in found:
-            inner = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES)
+            inner = image_files(folder / name, deep=True)
             if not inner:
                 raise ValueError(f"{folder / name}: expected at least one image, found none.")
             paths += inner
@@ -82,14 +83,15 @@ class ImageList(Labels):
         path = self.path(getattr(self, split))
         if not path.is_file():
             raise ValueError(f"data.{split} must be a CSV file, got {path}.")
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        if not rows or not {"path", "label"} <= set(rows[0]):
-            raise ValueError(f"{path}: expected lines under the columns path and label.")
-        names = [self._names(row["label"] or "") for row in rows]
+        lines = list(read_csv(path, ("path", "label")))
+        if not lines:
+            raise ValueError(f"{path}: expected at least one image, found none.")
+        names = [self._names(row["label"]) for _, row in lines]
         classes = self.classes or classes or tuple(sorted({n for each in names for n in each}))
         number = {name: i for i, name in enumerate(classes)}
-        for line, each in enumerate(names, 2):
+        for (line, row), each in zip(lines, names, strict=True):
+            if not row["path"].strip():
+                raise ValueError(f"{path}, line {line}: path must be that of an image, got ''.")
             strange = [name for name in each if name not in number]
             if strange or not (each or self.multi_label):
                 got = strange[0] if strange else ""
@@ -97,7 +99,7 @@ class ImageList(Labels):
                     f"{path}, line {line}: label must be one of the {len(classes)} classes, "
                     f"got {got!r}."
                 )
-        paths = [self.path(self.images, row["path"]) for row in rows]
+        paths = [self.path(self.images, row["path"].strip()) for _, row in lines]
         check_files(paths, str(path))
         labels = [tuple(sorted(number[name] for name in each)) for each in names]
         if self.multi_label:
@@ -130,9 +132,9 @@ class INaturalist(Labels):
         """The images of a split; classes are the species kept, by category number."""
         path = self.path(getattr(self, split))
         table = read_json(path)
-        for key in ("images", "annotations"):
-            if not isinstance(table, dict) or not isinstance(table.get(key), list):
-                raise ValueError(f"{path}: expected a list {key!r}, found none.")
+        images = check_list(table, "images", path, {"id": int | str, "file_name": str})
+        kinds = {"image_id": int | str, "category_id": int}
+        notes = check_list(table, "annotations", path, kinds)
         named = self._categories(table.get("categories", []))
         kept = [c for c in sorted(named) if self._holds(named[c])]
         if not kept:
@@ -142,9 +144,9 @@ class INaturalist(Labels):
                 f"{self.supercategory!r}."
             )
         number = {category: i for i, category in enumerate(kept)}
-        files = {image["id"]: image["file_name"] for image in table["images"]}
+        files = {image["id"]: image["file_name"] for image in images}
         paths, labels = [], []
-        for note in table["annotations"]:
+        for note in notes:
             category, image = note["category_id"], note["image_id"]
             if category not in named:
                 raise ValueError(
@@ -167,14 +169,22 @@ class INaturalist(Labels):
         path = self.path(self.categories)
         if path.is_file() or (self.supercategory and not any("supercategory" in c for c in own)):
             own = read_json(path)
-        if not isinstance(own, list) or not all(isinstance(c, dict) and "id" in c for c in own):
-            raise ValueError(f"{path}: expected a list of categories with id and name.")
-        return {c["id"]: {"name": c["id"]} | c for c in own}
+        found = check_list({"categories": own}, "categories", path, {"id": int})
+        return {c["id"]: {"name": c["id"]} | c for c in found}
 
     def _holds(self, category: dict[str, Any]) -> bool:
         return not self.supercategory or category.get("supercategory") == self.supercategory
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The image files directly in a folder, sorted by name."""
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+def image_files(folder: Path, deep: bool = False) -> list[Path]:
+    """The image files in a folder, at any depth if `deep`, sorted by name.
+
+    Raises ValueError for images of a form that is not read.
+    """
+    found = sorted(folder.rglob("*") if deep else folder.iterdir())
+    other = [p for p in found if p.suffix.lower() in UNREAD]
+    if other:
+        more = f" (and {len(other) - 1:,} others)" if len(other) > 1 else ""
+        raise ValueError(f"{other[0]}: expected TIFF, PNG, JPEG, .npy or zarr, found "
+                         f"{other[0].suffix}{more}: convert it, or take it away.")  # fmt: skip
+    return [p for p in found if p.suffix.lower() in SUFFIXES]

@@ -9,13 +9,17 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from PIL import PngImagePlugin
 
-from ...source import open_image
+from ...source import ImageSource, open_image
 from .base import Data
 from .crops import Window, read_crop
 from .labels import image_files
+from .tiles import Tiles
 
 IGNORED = 255
+PART = 4096
+"""Side of the parts of a mask, in pixels, that are in memory to see which classes there are."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class Masked:
         Raises ValueError for a value that is neither a class nor to be ignored.
         """
         path, (rows, cols) = self.masks[index], self.sizes[index]
-        found = read_crop(path, window)[0].to(torch.int64)
+        with _open_mask(path) as source:
+            found = read_crop(source, window)[0].to(torch.int64)
         out = torch.full(found.shape, IGNORED, dtype=torch.uint8)
         inside = torch.zeros(found.shape, dtype=torch.bool)
         top, left = max(-window.top, 0), max(-window.left, 0)
@@ -62,10 +67,29 @@ class Masked:
             )
         return out
 
+    def check_classes(self) -> None:
+        """Raises ValueError unless every class is in some mask; reads until all were seen."""
+        found: set[int] = set()
+        tiles = Tiles(self.sizes, (PART, PART))
+        for number, window in map(tiles.__getitem__, range(len(tiles))):
+            found |= set(torch.unique(self.mask(number, window)).tolist())
+            if found >= set(range(len(self.classes))):
+                return
+        missing = next(i for i in range(len(self.classes)) if i not in found)
+        held = ", ".join(str(self.values[i]) for i in sorted(found - {IGNORED}))
+        ignored = f" and {self.ignore}, data.ignore" if IGNORED in found else ""
+        raise ValueError(
+            f"{self.masks[0].parent}: every class must occur, found none of "
+            f"{self.classes[missing]!r}, value {self.values[missing]}; there are {held or 'none'}"
+            f"{ignored}. data.values gives the value of each class, such as [0, 255] with "
+            f"data.ignore = 254."
+        )
+
 
 @dataclass(frozen=True)
 class MaskPairs(Data):
-    """`train/images/<name>.<any>` and `train/masks/<name>.<any>`, one band of class numbers.
+    """`train/images/<name>.<any>` and `train/masks/<name>.<any>`, one band of class numbers, or a
+    PNG file with a palette, whose entries they number.
 
     train, val: folders; val "" for none. images, masks: folders in them. classes: their names.
     values: the value of each class in the masks; empty for 0, 1, 2, ... ignore: value of pixels
@@ -83,11 +107,11 @@ class MaskPairs(Data):
     ignore: int = IGNORED
 
     def read(self, split: str, classes: tuple[str, ...] = ()) -> Masked:
-        """The pairs of a split. Raises ValueError for an image without a mask, or one of another
-        size."""
+        """The pairs of a split. Raises ValueError for an image without a mask, one of another size,
+        and a class that no training mask holds."""
         values = self.values or tuple(range(len(self.classes)))
-        if not 1 <= len(self.classes) <= IGNORED:
-            raise ValueError(f"data.classes must be 1 to {IGNORED} names, got {self.classes}.")
+        if not 2 <= len(self.classes) <= IGNORED:
+            raise ValueError(f"data.classes must be 2 to {IGNORED} names, got {self.classes}.")
         if len(set(values) - {self.ignore}) != len(self.classes):
             raise ValueError(
                 f"data.values must be one number a class ({len(self.classes)}), none twice and "
@@ -108,13 +132,28 @@ class MaskPairs(Data):
                 f"{missing[0]}: expected a mask {where['masks'] / missing[0].stem}.*, found none."
             )
         masks = [by_name[path.stem] for path in images]
-        return Masked(self.classes, images, masks, list(map(_size, images, masks)), values,
-                      self.ignore)  # fmt: skip
+        found = Masked(self.classes, images, masks, list(map(_size, images, masks)), values,
+                       self.ignore)  # fmt: skip
+        if split == "train":
+            found.check_classes()
+        return found
+
+
+def _open_mask(path: Path) -> ImageSource:
+    """As `open_image`, but a PNG file with a palette gives the numbers of its entries."""
+    source = open_image(path)
+    if source.metadata.get("format") != "png" or source.bands < 3:
+        return source
+    with PngImagePlugin.PngImageFile(path) as image:  # without Pillow's own, lower limit
+        if image.mode != "P":
+            return source
+        source.close()
+        return open_image(np.asarray(image))
 
 
 def _size(image: Path, mask: Path) -> tuple[int, int]:
     """(height, width) of both. Raises ValueError unless they are one, and the mask has one band."""
-    with open_image(image) as a, open_image(mask) as b:
+    with open_image(image) as a, _open_mask(mask) as b:
         size, other = (a.height, a.width), (b.height, b.width)
         if size != other or b.bands != 1 or b.dtype.kind not in "ui":
             raise ValueError(

@@ -8,11 +8,11 @@ A scene is a folder `<scene_id>` with a float GeoTIFF for each band, or one GeoT
 
 from __future__ import annotations
 
-import csv
 import io
 import math
 import pickle
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ...source import open_image
-from .base import Data
+from .base import Data, read_csv
 from .crops import Window, read_crop
 
 COLUMNS = (
@@ -40,7 +40,13 @@ _CSV = {
     "confidence": "confidence",
 }
 _LEVELS = ("low", "medium", "high")
-_WORDS = {"true": 1.0, "false": 0.0} | {word: float(i) for i, word in enumerate(_LEVELS)}
+_ANSWER = {"true": 1.0, "false": 0.0}
+_WORDS = {
+    "is_vessel": _ANSWER,
+    "is_fishing": _ANSWER,
+    "confidence": {word: float(i) for i, word in enumerate(_LEVELS)},
+}
+"""Column -> its words; a number must be that of one."""
 
 
 @dataclass(frozen=True)
@@ -166,38 +172,38 @@ class XView3(Data):
         if not path.is_file():
             raise ValueError(f"{path}: expected a CSV file of detections, found none.")
         out: dict[str, list[list[float]]] = {name: [] for name in sizes}
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            needed = {"scene_id", _CSV["row"], _CSV["column"]}
-            if not needed <= set(reader.fieldnames or ()):
-                raise ValueError(f"{path}: expected the columns {', '.join(sorted(needed))}.")
-            for line, row in enumerate(reader, 2):
-                name = row["scene_id"]
-                if name not in sizes:
-                    raise ValueError(f"{path}, line {line}: expected a scene, found no {name!r}.")
-                point = [_number(row.get(_CSV[c]), f"{path}, line {line}: {_CSV[c]}")
-                         for c in COLUMNS]  # fmt: skip
-                rows, cols = sizes[name]
-                if not (0 <= point[0] < rows and 0 <= point[1] < cols):
-                    raise ValueError(
-                        f"{path}, line {line}: a detection must lie in its scene of {rows} x "
-                        f"{cols} px, got row {point[0]:g}, column {point[1]:g}."
-                    )
-                out[name].append(point)
+        for line, row in read_csv(path, ("scene_id", _CSV["row"], _CSV["column"])):
+            name = row["scene_id"]
+            if name not in sizes:
+                raise ValueError(f"{path}, line {line}: expected a scene, found no {name!r}.")
+            point = [
+                _number(row.get(_CSV[c], ""), f"{path}, line {line}: {_CSV[c]}", _WORDS.get(c, {}))
+                for c in COLUMNS
+            ]
+            rows, cols = sizes[name]
+            if not (0 <= point[0] < rows and 0 <= point[1] < cols):
+                raise ValueError(
+                    f"{path}, line {line}: a detection must lie in its scene of {rows} x "
+                    f"{cols} px, got row {point[0]:g}, column {point[1]:g}."
+                )
+            out[name].append(point)
         return {
             name: torch.tensor(rows, dtype=torch.float64).view(-1, len(COLUMNS))
             for name, rows in out.items()
         }
 
 
-def _number(text: str | None, where: str) -> float:
-    word = (text or "").strip().lower()
-    if word in _WORDS:
-        return _WORDS[word]
-    try:
-        return float(word) if word else math.nan
-    except ValueError:
-        raise ValueError(f"{where} must be a number, true, false or empty, got {text!r}.") from None
+def _number(text: str, where: str, words: dict[str, float]) -> float:
+    word = text.strip().lower()
+    if not word or word in words:
+        return words.get(word, math.nan)
+    with suppress(ValueError):
+        value = float(word)
+        if not words or value in words.values():
+            return value
+    numbers = ", ".join(f"{value:g}" for value in words.values())
+    rule = f"{', '.join(words)}, {numbers}" if words else "a number"
+    raise ValueError(f"{where} must be {rule} or empty, got {text!r}.")
 
 
 def _size(files: Sequence[Path]) -> tuple[int, int]:

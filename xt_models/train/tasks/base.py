@@ -10,6 +10,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import lru_cache, wraps
 from typing import Any, NamedTuple
 
@@ -34,15 +35,25 @@ class Task:
     Attributes: classes, their names; best, the metric that tells which model is best, higher is
     better; head, the name of the head in `XTOutput.heads`, None for `XTOutput.logits`; in_chans,
     bands that the model takes, set once it is built; whole_images, whether validation takes images
-    as they are, one at a time.
+    as they are, one at a time; mixes_pairs, whether `mix` needs an even number of images; augments,
+    the fields of `Augment` that count here.
     """
 
     classes: tuple[str, ...]
     best: str
     head: str | None
     whole_images = False
+    mixes_pairs = False
+    augments: tuple[str, ...] = ("flip", "flip_vertical", "rotate")
 
     def __init__(self, recipe: Recipe) -> None:
+        for option in fields(Augment):
+            value = getattr(recipe.augment, option.name)
+            if option.name not in self.augments and value != option.default:
+                raise ValueError(
+                    f"augment.{option.name} must be left out for {recipe.data.task}, which takes "
+                    f"{', '.join(self.augments)}, got {value!r}."
+                )
         self.recipe = recipe
         self.in_chans = 3
         self.data: dict[str, Any] = {"train": recipe.data.read("train")}
@@ -197,6 +208,14 @@ class Turn(NamedTuple):
         for _ in range(self.quarters):
             row, col, height, width = width - 1 - col, row, width, height
         return torch.stack([row, col], 1)
+
+    def boxes(self, boxes: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        """Boxes (left, top, right, bottom) `[N, 4]` on an image of `shape`."""
+        # Corners lie between pixels: half a pixel from the middle of the next one.
+        first, second = (
+            self.points(corner.flip(1) - 0.5, shape) + 0.5 for corner in torch.split(boxes, 2, 1)
+        )
+        return torch.cat([first.minimum(second).flip(1), first.maximum(second).flip(1)], 1)
 
 
 def stack(images: list[torch.Tensor]) -> torch.Tensor:

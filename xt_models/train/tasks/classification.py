@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from ...model import XT
 from ...source import open_image
-from ..config import Recipe
+from ..config import Augment, Recipe
 from ..data import Labels, Window, middle_window, random_window, read_crop
 from .base import Batch, Task, Turn
 
@@ -21,12 +22,26 @@ class Classification(Task):
     all images and classes at once, percent, where a score of 0.5 counts as found.
     """
 
+    augments = tuple(option.name for option in fields(Augment))
+
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
         assert isinstance(recipe.data, Labels)
         self.fit = recipe.data.fit
         self.multi_label = isinstance(self.data["train"].labels[0], tuple)
         self.best, self.head = ("f1", "labels") if self.multi_label else ("top1", None)
+        augment = recipe.augment
+        self.mixes_pairs = bool(augment.mixup or augment.cutmix)
+        if recipe.head:
+            raise ValueError(
+                f"head must be left out for labels, whose head follows from the data, got "
+                f"{dict(recipe.head)}."
+            )
+        if self.multi_label and augment.label_smoothing and not self.mixes_pairs:
+            raise ValueError(
+                f"augment.label_smoothing must be 0 for several labels an image without mixup or "
+                f"cutmix, got {augment.label_smoothing}."
+            )
         self._augment: Any = _rand_augment(recipe.augment.randaugment)
         self._mixup = self._make_mixup()
 
@@ -99,16 +114,11 @@ class Classification(Task):
         return {"top1": 100 * first / second}
 
     def _make_mixup(self) -> Any:
-        augment, train = self.recipe.augment, self.recipe.train
-        if not (augment.mixup or augment.cutmix):
+        augment = self.recipe.augment
+        if not self.mixes_pairs:
             return None
         from timm.data.mixup import Mixup
 
-        if train.batch_size // train.accumulate % 2:
-            raise ValueError(
-                f"train.batch_size / train.accumulate must be even for mixup and cutmix, got "
-                f"{train.batch_size} / {train.accumulate}."
-            )
         return Mixup(
             augment.mixup,
             augment.cutmix,

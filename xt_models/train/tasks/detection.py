@@ -13,7 +13,7 @@ from ...metrics import coco_map
 from ...model import XT
 from ..config import Recipe
 from ..data import Boxed, Coco, Tiles, Window, read_crop
-from .base import Batch, Task, stack
+from .base import Batch, Task, Turn, stack
 
 
 class Detection(Task):
@@ -29,6 +29,12 @@ class Detection(Task):
         super().__init__(recipe)
         data = recipe.data
         assert isinstance(data, Coco)
+        for split, found in self.data.items():
+            if not any((~crowd).any() for crowd in found.crowd):
+                raise ValueError(
+                    f"{data.path(getattr(data, split))}: expected at least one box of "
+                    f"{', '.join(self.classes)} that is no crowd, found none."
+                )
         self.visible = data.visible
         self.tiles = Tiles(self.data["train"].sizes, data.shape)
 
@@ -40,6 +46,7 @@ class Detection(Task):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Image `[C, H, W]`; boxes `[N, 4]` (left, top, right, bottom) in its pixels, labels."""
         data, recipe = self.data[split], self.recipe
+        shape = recipe.data.shape
         assert isinstance(data, Boxed)
         if split == "train":
             number, window = self.tiles[index] if rng is None else self.tiles.random(index, rng)
@@ -50,7 +57,9 @@ class Detection(Task):
         )
         target = data.target(number, window, self.visible)
         if rng is not None:
-            return mirrored(image, target, rng.random() < recipe.augment.flip)
+            turn = Turn.draw(recipe.augment, shape, rng)
+            boxes = turn.boxes(target["boxes"], shape)
+            return turn.image(image), target | {"boxes": boxes}
         return image, target | {"image": torch.tensor(number)}
 
     def collate(self, items: list[tuple[Any, Any]]) -> Batch:
@@ -80,15 +89,3 @@ class Detection(Task):
         ]
         found = coco_map(predictions, targets)
         return {name: 100 * value for name, value in found.items() if not math.isnan(value)}
-
-
-def mirrored(
-    image: torch.Tensor, target: dict[str, torch.Tensor], flip: bool
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Image and boxes, left and right exchanged if `flip`."""
-    if not flip:
-        return image, target
-    left, top, right, bottom = target["boxes"].unbind(1)
-    width = image.shape[-1]
-    boxes = torch.stack([width - right, top, width - left, bottom], 1)
-    return image.flip(-1).contiguous(), target | {"boxes": boxes}
