@@ -6,8 +6,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import xt_kernels as xk
 from xt_kernels import RegionGrid, reference
@@ -492,6 +495,70 @@ def test_compile_without_graph_break(device):
     assert torch.equal(buffer, expected)
 
 
+def both(image, features):
+    """One call of each op."""
+    return (
+        xk.extract_regions(image, GRID, regions=[5, 0], mean=[0.1, 0.2, 0.3]),
+        xk.stitch_regions(features, GRID),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*not yet implemented the batching rule")
+def test_traces_fakes_and_transforms_go_through_the_dispatcher():
+    tensors = torch.randn(3, 13, 21), torch.randn(6, 8, 4, 4)
+    wanted = both(*tensors)
+    traced = make_fx(both)(*(torch.zeros_like(t) for t in tensors))
+    targets = {node.target for node in traced.graph.nodes}
+    xt = torch.ops.xt
+    assert {xt.extract_regions_fwd.default, xt.stitch_regions_fwd.default} <= targets
+    for ours, plain in zip(traced(*tensors), wanted, strict=True):
+        assert torch.equal(ours, plain)
+
+    with FakeTensorMode() as mode:
+        fakes = both(*(mode.from_tensor(t) for t in tensors))
+    assert all(type(fake) is FakeTensor for fake in fakes)
+    assert [fake.shape for fake in fakes] == [plain.shape for plain in wanted]
+
+    stacks = [torch.stack([t, 2 * t]) for t in tensors]
+    mapped = torch.vmap(both)(*stacks)
+    for place in range(2):
+        for ours, plain in zip(mapped, both(*(t[place] for t in stacks)), strict=True):
+            assert torch.equal(ours[place], plain)
+
+
+def test_a_buffer_filled_again_is_not_taken_for_what_it_was():
+    """Autograd refuses to use a buffer that changed since it was saved."""
+    weight = torch.ones((), requires_grad=True)
+    cut, tokens = (torch.zeros_like(t) for t in both(torch.zeros(3, 13, 21), MAPS))
+    for buffer, fill in (
+        (cut, lambda: xk.extract_regions(IMAGE, GRID, regions=[5, 0], out=cut)),
+        (tokens, lambda: xk.stitch_regions(MAPS, GRID, out=tokens)),
+    ):
+        product = (buffer * weight).sum()
+        with torch.no_grad():
+            fill()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+
+
+def test_without_the_names_that_torch_keeps_private_the_ops_are_dispatched():
+    code = """
+import torch
+del torch._C._len_torch_dispatch_stack
+import xt_kernels as xk
+from torch.autograd.profiler import profile
+from xt_kernels.regions import direct
+image = torch.randn(3, 13, 21, requires_grad=True)
+assert not direct.is_plain(image)
+with profile() as kept:
+    cut = xk.extract_regions(image, xk.RegionGrid(13, 21, 8))
+assert "xt::extract_regions_fwd" in {event.name for event in kept.function_events}
+cut.sum().backward()
+assert (image.grad == 1).all()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_autocast_leaves_dtypes_alone(device):
     with torch.autocast(device, torch.bfloat16):
         cut = xk.extract_regions(torch.randn(3, 9, 9, device=device), RegionGrid(9, 9, 4))
@@ -555,6 +622,19 @@ def test_buffers_are_filled_in_any_number_of_calls_and_order(device):
         xk.stitch_regions(features[:, ids], GRID, regions=ids, out=buffer)
     assert torch.equal(buffer.float(), whole)
     assert storage[[0, -1]].isnan().all()
+
+
+def test_numbers_come_as_sequences_arrays_and_tensors():
+    image, features = picture((3, 13, 21), torch.uint8)[0], torch.randn(2, 8, 4, 4)
+    cut = xk.extract_regions(image, GRID, regions=[4, 1], mean=[0, 1, 2], std=[1, 2, 3], scale=1)
+    tokens = xk.stitch_regions(features, GRID, regions=[4, 1], chunk=[1, 2, 4])
+    for kind in (tuple, np.array, torch.tensor):
+        options = {"mean": kind([0, 1, 2]), "std": kind([1, 2, 3]), "scale": np.float32(1)}
+        origin, grid = kind([0, 0]), RegionGrid(*np.array([13, 21, 8], dtype=np.uint8))
+        ours = xk.extract_regions(image, grid, regions=kind([4, 1]), origin=origin, **options)
+        assert torch.equal(ours, cut)
+        lists = {"regions": kind([4, 1]), "chunk": kind([1, 2, 4])}
+        assert torch.equal(xk.stitch_regions(features, GRID, **lists), tokens)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
@@ -773,6 +853,7 @@ class TestOffsetsPast2To31:
 
 IMAGE = torch.zeros(3, 13, 21)
 MAPS = torch.zeros(6, 8, 4, 4)
+MEMORY = torch.zeros(2048)
 
 
 @pytest.mark.parametrize(
@@ -787,7 +868,32 @@ MAPS = torch.zeros(6, 8, 4, 4)
         ({"mean": [1.0]}, "mean must hold one number for each channel of image = 3, got 1"),
         ({"std": [1.0] * 4}, "std must hold one number for each channel of image = 3, got 4"),
         ({"std": [1.0, 0.0, 1.0]}, r"std must be nonzero, got \[1.0, 0.0, 1.0\]"),
-        ({"scale": math.inf}, r"scale must be finite, got \[inf\]"),
+        ({"scale": math.inf}, "scale must be a finite number, got inf"),
+        ({"scale": "x"}, "scale must be a finite number, got 'x'"),
+        ({"image": IMAGE.numpy()}, "image must be a torch.Tensor, got ndarray"),
+        ({"image": IMAGE.to_sparse()}, "image must be a strided tensor, got torch.sparse_coo"),
+        ({"mean": 0.5}, "mean must hold one number for each channel of image = 3, got 0.5"),
+        ({"mean": torch.ones(4)}, "mean must hold one number for each channel of .* = 3, got 4"),
+        ({"mean": [0, math.nan, 0]}, r"mean must be finite, got \[0.0, nan, 0.0\]"),
+        ({"std": [1e-45] * 3}, r"scale / std must fit in float32, got \[1.0\d*e\+45, "),
+        ({"mean": [1e38] * 3, "std": [0.1] * 3}, "mean / std must fit in float32, got "),
+        ({"regions": [1.7]}, r"regions must hold integers, the numbers of regions, got \[1.7\]"),
+        ({"regions": [True]}, r"regions must hold integers, .* got \[True\]"),
+        ({"regions": "12"}, "regions must hold integers, .* got '12'"),
+        ({"regions": 1}, "regions must hold integers, .* got 1"),
+        ({"regions": torch.tensor([1.0])}, r"regions must hold integers, .* got tensor\(\[1.\]\)"),
+        ({"origin": 0}, r"origin must be two integers, \(row, column\), got 0"),
+        ({"origin": (0,)}, r"origin must be two integers, \(row, column\), got \(0,\)"),
+        ({"origin": (-0.9, -0.9)}, r"origin must be two integers, .* got \(-0.9, -0.9\)"),
+        (
+            {"out": torch.zeros(6, 3, 8, 8), "memory_format": torch.channels_last},
+            "memory_format must be left out where out is given, got torch.channels_last",
+        ),
+        ({"out": MEMORY.as_strided((6, 3, 8, 8), (192, 64, 7, 1))}, "out must have memory of its"),
+        (
+            {"out": MEMORY[800:1952].view(6, 3, 8, 8), "image": MEMORY[:819].view(3, 13, 21)},
+            "out must lie apart from image in memory, got a view of the same",
+        ),
         ({"regions": [0, 6]}, r"regions must hold region numbers of the grid, in \[0, 6\), got 6"),
         ({"regions": [-1]}, r"regions .* in \[0, 6\), got -1"),
         (
@@ -836,6 +942,15 @@ def test_extraction_refuses(options, message):
         ({"regions": [0]}, "features must hold as many regions as regions = 1, got 6"),
         ({"regions": [0, 0]}, "regions must hold distinct region numbers, got 0 twice"),
         ({"regions": [6]}, r"regions must hold region numbers of the grid, in \[0, 6\), got 6"),
+        ({"regions": [0.5]}, r"regions must hold integers, .* got \[0.5\]"),
+        ({"chunk": 3}, "chunk must hold integers, the numbers of regions, got 3"),
+        ({"features": MAPS.numpy()}, "features must be a torch.Tensor, got ndarray"),
+        ({"out": [0.0]}, "out must be a torch.Tensor, got list"),
+        ({"out": MEMORY.as_strided((77, 8), (4, 1))}, r".* of its own .* strides \(4, 1\)"),
+        (
+            {"out": MEMORY[700:1316].view(77, 8), "features": MEMORY[:768].view(6, 8, 4, 4)},
+            "out must lie apart from features in memory",
+        ),
         ({"chunk": [1, 1]}, "chunk must hold distinct region numbers, got 1 twice"),
         ({"chunk": [9]}, r"chunk must hold region numbers of the grid, in \[0, 6\), got 9"),
         ({"chunk": [1, 2], "regions": [3]}, "regions must be in chunk, got 3"),
