@@ -246,6 +246,48 @@ def test_extraction_gradient_kernel_is_no_worse_than_eager(honest, device, dtype
         assert_no_worse(ours, found[0], found[1])
 
 
+def aligned_picture(channels, by_pixel, batch=2):
+    """An image `[batch, channels, 20, 40]` and regions of side 8: all strides are multiples of 8."""
+    shape = (batch, 20, 40, channels) if by_pixel else (batch, channels, 20, 40)
+    image = make(shape, torch.float32, 0)[0]
+    return (image.movedim(-1, 1) if by_pixel else image), RegionGrid(20, 40, 8)
+
+
+@pytest.mark.parametrize("origin", [(0, 0), (8, 8)])
+@pytest.mark.parametrize("channels", [3, 8])
+@pytest.mark.parametrize("by_pixel", [False, True])
+def test_strides_in_units_of_eight(honest, device, monkeypatch, by_pixel, channels, origin):
+    """The way of every image whose sides are multiples of 8: several regions from the left edge."""
+    whole, grid = aligned_picture(channels, by_pixel)
+    ids = (6, 14, 9)  # one is cut by the lower edge
+    window = whole.to(device)[:, :, origin[0] :, origin[1] :]
+    units = []
+
+    def noted(*arguments):
+        strides = strides_in_units(*arguments)
+        units.append(strides[-1])
+        return strides
+
+    strides_in_units = kernels._strides_in_units
+    monkeypatch.setattr(kernels, "_strides_in_units", noted)
+    norm = {"mean": [0.1] * channels, "std": [0.5 + c for c in range(channels)]}
+    ours = extract_by_kernel(window, grid, ids, origin, last=by_pixel, **norm)
+    plain = reference.extract_regions(whole.to(device), grid, regions=ids, **norm)
+    truth = reference.extract_regions(
+        whole.double().to(device), grid, regions=ids, dtype=torch.float64, **norm
+    )
+    assert_no_worse(ours, plain, truth)
+    grad = torch.empty_like(ours).copy_(make(ours.shape, torch.float32, 1)[0])
+    ours = extract_gradient_by_kernel(grad, window, grid, ids, origin, **norm)
+    found = []
+    for source, output in ((whole, grad), (whole.double(), grad.double())):
+        leaf = source.to(device).requires_grad_()
+        cut = reference.extract_regions(leaf, grid, regions=ids, dtype=output.dtype, **norm)
+        found.append(torch.autograd.grad(cut, leaf, output)[0][:, :, origin[0] :, origin[1] :])
+    assert_no_worse(ours, *found)
+    assert units == [8, 8]
+
+
 @pytest.mark.parametrize("order", ["row", "tile"])
 @pytest.mark.parametrize("by_planes", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS)
