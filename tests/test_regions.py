@@ -247,7 +247,7 @@ def test_extraction_gradient_kernel_is_no_worse_than_eager(honest, device, dtype
 
 
 def aligned_picture(channels, by_pixel, batch=2):
-    """An image `[batch, channels, 20, 40]` and regions of side 8: all strides are multiples of 8."""
+    """An image of 20 x 40 and regions of side 8: all strides are multiples of 8."""
     shape = (batch, 20, 40, channels) if by_pixel else (batch, channels, 20, 40)
     image = make(shape, torch.float32, 0)[0]
     return (image.movedim(-1, 1) if by_pixel else image), RegionGrid(20, 40, 8)

@@ -1,5 +1,7 @@
 """The tools that prove kernels, each shown to see the fault that it is for."""
 
+import ast
+import importlib
 import importlib.util
 import json
 import resource
@@ -18,6 +20,7 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402  (after the skip)
 
+from xt_kernels import _aot  # noqa: E402
 from xt_kernels.testing import (  # noqa: E402
     KernelFault,
     assert_no_worse,
@@ -668,6 +671,28 @@ def test_every_program_runs_once_and_grids_have_limits(honest: None) -> None:
         _grid_kernel[(1, 65536)](out)
 
 
+@interpreted
+def test_chosen_programs_of_a_grid_too_large_to_walk() -> None:
+    out = sparse((2**30,), None, torch.int32)
+    seen = []
+
+    def programs(kernel: str, grid: tuple[int, ...]) -> list[int]:
+        seen.append((kernel, grid))
+        return [grid[0] - 1, 5]
+
+    with honest_interpreter(programs=programs):
+        _number_kernel[(2**30,)](out)
+        with pytest.raises(KernelFault, match=r"out of bounds.*program \(1073741823, 0, 0\)"):
+            _number_kernel[(2**30,)](out[:100])
+    assert seen == [("_number_kernel", (2**30, 1, 1))] * 2
+    assert out[[0, 4, 5, 2**30 - 2, 2**30 - 1]].tolist() == [0, 0, 5, 0, 2**30 - 1]
+
+
+@triton.jit
+def _number_kernel(out_ptr):
+    tl.store(out_ptr + tl.program_id(0), tl.program_id(0))
+
+
 @triton.jit
 def _integer_kernel(out_ptr, a, b, WHAT: tl.constexpr):
     if WHAT == "multiplication":
@@ -869,6 +894,18 @@ class TestMutants:
         owner.kernel = _tuple_kernel
         with pytest.raises(AssertionError, match="no cast to int64 found"):
             check_mutants(owner, "kernel", lambda: None)
+
+    def test_every_shipped_kernel_has_them(self) -> None:
+        tried = set()
+        for file in Path(__file__).parent.glob("test_*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                parts = list(ast.walk(node)) if isinstance(node, ast.FunctionDef) else []
+                if any(isinstance(n, ast.Name) and n.id == "check_mutants" for n in parts):
+                    tried |= {n.value for n in parts if isinstance(n, ast.Constant)}
+        shipped = set()
+        for name in _aot.kernel_modules():
+            shipped |= _aot._kernels_of(importlib.import_module(name))
+        assert len(shipped) > 15 and shipped <= tried, shipped - tried
 
 
 # The GPU run, dry

@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -139,7 +139,8 @@ class _Launch:
 
     def __init__(self, kernel: str, grid: tuple[int, ...] = (1, 1, 1)) -> None:
         self.kernel = kernel
-        self.grid = grid
+        self.grid = grid  # of the launch; `loop` is what the interpreter walks
+        self.loop = grid
         self.views: list[_View] = []
         self.names: dict[int, str] = {}
         self.order: _Array | None = None
@@ -171,7 +172,7 @@ class _Launch:
 
     def begin(self, x: int, y: int, z: int) -> tuple[int, int, int]:
         self.end_program()
-        program = (x * self.grid[1] + y) * self.grid[2] + z
+        program = (x * self.loop[1] + y) * self.loop[2] + z
         if self.order is not None:
             program = int(self.order[program])
         self.program = program
@@ -284,6 +285,10 @@ def _tf32(value: _Array) -> _Array:
     return np.where(np.isfinite(value), rounded.view(np.float32), value).reshape(value.shape)
 
 
+# (a kernel's name, its grid) -> numbers of the programs to run, x slowest.
+Programs = Callable[[str, tuple[int, ...]], Sequence[int]]
+
+
 @dataclass(frozen=True)
 class _Checks:
     """What to check; see `honest_interpreter`."""
@@ -294,6 +299,7 @@ class _Checks:
     check_int32: bool
     poison: bool
     allow_float_atomics: bool
+    programs: Programs | None
 
 
 class _Session:
@@ -347,6 +353,10 @@ class _Launching:
         def call(executor: Any, *args: Any, **kwargs: Any) -> Any:
             s = self.s
             s.launches.append(_Launch(executor.fn.__name__))
+            if s.checks.programs is not None:
+                s.launch.grid = (*executor.grid, 1, 1)[:3]
+                s.launch.order = np.array(s.checks.programs(s.launch.kernel, s.launch.grid))
+                executor.grid = (len(s.launch.order),)
             try:
                 with np.errstate(all="ignore"):
                     result = original(executor, *args, **kwargs)
@@ -390,14 +400,18 @@ class _Launching:
         return implicit_cvt
 
     def set_grid_dim(self, original: Any) -> Any:
-        def set_grid_dim(*grid: int) -> None:
+        def set_grid_dim(*loop: int) -> None:
             s = self.s
+            s.launch.loop = loop
+            chosen = s.launch.order
+            grid = s.launch.grid if chosen is not None else loop
             if grid[0] >= 2**31 or max(grid[1:]) > 65535:
                 raise s.launch.fault(f"grid {grid} exceeds CUDA's (2**31 - 1, 65535, 65535)")
             s.launch.grid = grid
             if s.checks.shuffle_seed is not None:
                 random = np.random.default_rng((s.checks.shuffle_seed, s.launch_count))
-                s.launch.order = random.permutation(int(np.prod(grid, dtype=np.int64)))
+                count = int(np.prod(grid, dtype=np.int64))
+                s.launch.order = random.permutation(count if chosen is None else chosen)
                 s.launch_count += 1
             original(*grid)
 
@@ -784,6 +798,7 @@ def honest_interpreter(
     check_int32: bool = True,
     poison: bool = True,
     allow_float_atomics: bool = False,
+    programs: Programs | None = None,
 ) -> Iterator[None]:
     """Make Triton's interpreter refuse what a GPU would punish, and round as a GPU does.
 
@@ -808,6 +823,9 @@ def honest_interpreter(
       poison: masked lanes of a load without `other` hold NaN, or 0x2AAA... for integers, instead of
         0.
       allow_float_atomics: see `check_races`.
+      programs: takes a kernel's name and its grid (a tuple, not a function) and returns the numbers
+        of the programs to run, x slowest; None runs all. The last few of a grid too large to walk
+        show what offsets its program ids make.
 
     Raises:
       KernelFault: from the launch, naming kernel, argument, program and source line.
@@ -818,7 +836,15 @@ def honest_interpreter(
     if not triton.knobs.runtime.interpret:
         raise RuntimeError("honest_interpreter: set TRITON_INTERPRET=1 before Triton is imported.")
     session = _Session(
-        _Checks(shuffle_seed, check_bounds, check_races, check_int32, poison, allow_float_atomics)
+        _Checks(
+            shuffle_seed,
+            check_bounds,
+            check_races,
+            check_int32,
+            poison,
+            allow_float_atomics,
+            programs,
+        )
     )
     try:
         _Launching(session)
