@@ -919,10 +919,7 @@ class TestOffsetsPast2To31:
         scratch = SimpleNamespace(
             empty=lambda size, dtype, device: sparse(size, None, dtype),
             empty_like=lambda tensor: sparse(tensor.shape, None, tensor.dtype),
-            **{
-                name: getattr(torch, name)
-                for name in ("Tensor", "dtype", "uint8", "int32", "float32")
-            },
+            **{name: getattr(torch, name) for name in names},
         )
 
         tensors = [t.expand(1, heads, -1, -1) for t in (low[0], low[1], low[3])]

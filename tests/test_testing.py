@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.util
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -910,6 +911,39 @@ class TestMutants:
 
 # The GPU run, dry
 
+
+def test_gpu_tests_need_no_more_than_a_gpu_machine_has() -> None:
+    """That is torch, Triton, timm, pytest, matplotlib, tifffile, click, tqdm and safetensors."""
+    root = Path(__file__).parents[1]
+    script = f"""
+import sys
+sys.modules.update(dict.fromkeys({OTHERS}))
+import pytest
+from pathlib import Path
+sys.path.insert(0, {str(root / "scripts")!r})
+import gpu_run
+steps = gpu_run.plan(Path("tests"), Path("bench"), ["tests", "configs"])
+files = sorted({{str(file) for _, file in steps}})
+assert len(files) > 5
+sys.exit(pytest.main([*{OPTIONS}, *files]))
+"""
+    # Plugins of what is missing, zarr's for one, would be missing too.
+    variables = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(
+        command, cwd=root, env=variables, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = ["regions", "xl_attention", "hyper_attention", "selective_scan"]
+    for name in [*names, *(["streaming_gpu"] if importlib.util.find_spec("timm") else [])]:
+        assert f"test_{name}.py::" in done.stdout
+
+
+OPTIONS = ["-q", "-p", "no:cacheprovider", "-o", "addopts=", "--collect-only", "-m", "gpu"]
+OTHERS = [
+    *("zarr", "numcodecs", "imagecodecs", "rasterio", "openslide", "sklearn", "scipy"),
+    *("segmentation_models_pytorch", "transformers", "pycocotools", "accelerate"),
+]
 
 GPU_CASES = textwrap.dedent(
     """
