@@ -1270,6 +1270,32 @@ def gpu_cases(device: str, full: bool) -> Iterator[GpuCase]:
                 name = f"d{shape[6]}-{str(dtype)[6:]}-{window}-{residual}"
                 yield GpuCase(f"{name}{'-causal' if is_causal else ''}", run, chosen, expected)
 
+    # More than 2**31 elements in every tensor but lse; the last heads are judged.
+    shape = (4100 if full else 2, 64 if full else 3, 128, 64)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def drawn():
+        return torch.randn(shape, dtype=torch.bfloat16, device=device, generator=generator)
+
+    low, grads = [drawn() for _ in range(3)], [drawn(), None]
+    low += [None, None]
+    plan = plan_of(low, lsh_num_projs=4)
+
+    def run(config, low=low, grads=grads, plan=plan):
+        return by_kernel(low, grads, plan, config=config, chosen=(config, config))
+
+    def few(tensors):
+        return [None if t is None else t[-1:, -2:] for t in tensors]
+
+    def expected(low=low, grads=grads, plan=plan):
+        parts = {n: t[-1:, -2:] for n, t in plan.choices._asdict().items() if t.dim() == 3}
+        part, low, grads = replace_choices(plan, **parts), few(low), few(grads)
+        wide, wide_grads = ([None if t is None else t.double() for t in x] for x in (low, grads))
+        plain, truth = dense(low, grads, part), dense(wide, wide_grads, part)
+        return list(zip(plain, truth, strict=True))
+
+    yield GpuCase("past-2-31", run, [], expected, few, repeats=10)
+
 
 def test_gpu_cases_agree_with_their_references(honest, device):
     if device == "cuda":

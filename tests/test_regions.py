@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -63,7 +64,9 @@ def extract_by_kernel(
     return out
 
 
-def extract_gradient_by_kernel(grad, image, grid, regions=None, origin=(0, 0), config=None, **norm):
+def extract_gradient_by_kernel(
+    grad, image, grid, regions=None, origin=(0, 0), config=None, out=None, **norm
+):
     """The kernel's gradient of an image `[B, C, h, w]`, in the image's layout."""
     gain, _ = normalisation(
         image.dtype, image.shape[1], norm.get("mean"), norm.get("std"), norm.get("scale")
@@ -71,7 +74,7 @@ def extract_gradient_by_kernel(grad, image, grid, regions=None, origin=(0, 0), c
     boxes = ops._boxes(grid, regions, *origin).to(image.device)
     inner = torch.promote_types(image.dtype, torch.float32)
     gain = torch.tensor(gain, dtype=inner, device=image.device)
-    out = torch.zeros_like(image)
+    out = torch.zeros_like(image) if out is None else out
     aligned = ops._aligned(grid, origin[1])
     kernels.launch_extract_backward(grad, boxes, gain, out, aligned, config)
     return out
@@ -1023,57 +1026,106 @@ def test_stitching_refuses(options, message):
 
 
 def gpu_cases(device: str, full: bool) -> Iterator[GpuCase]:
-    """Launches for `scripts/gpu_run.py`."""
-    size, side, channels = ((29_000, 25_000), 256, 768) if full else ((20, 37), 16, 24)
+    """Launches for `scripts/gpu_run.py`; at full size images have more than 2**31 elements, as have
+    features of 3072 channels.
+    """
+    size, side = ((29_000, 25_000), 256) if full else ((20, 37), 16)
     grid = RegionGrid(*size, side)
     norm = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     # The fp64 truth of 29k x 25k would not fit: corners and a middle one stand for all regions.
     last = grid.num_regions - 1
     some = sorted({0, grid.cols - 1, grid.num_regions // 2, last - grid.cols + 1, last})
+    generator = torch.Generator(device).manual_seed(0)
+    layouts = [("planes", False), ("pixels", True)]
 
-    for by_pixel in (False, True):
+    for (name, by_pixel), dtype in product(layouts, (torch.bfloat16, torch.float16)):
         shape = (1, *size, 3) if by_pixel else (1, 3, *size)
-        generator = torch.Generator(device).manual_seed(0)
         image = torch.randint(256, shape, dtype=torch.uint8, device=device, generator=generator)
         image = image.movedim(-1, 1) if by_pixel else image
 
-        def run(config, image=image):
-            out = extract_by_kernel(image, grid, dtype=torch.bfloat16, config=config, **norm)
-            return [out[:, some]]
+        def run(config, image=image, dtype=dtype, last=by_pixel):
+            return [extract_by_kernel(image, grid, dtype=dtype, last=last, config=config, **norm)]
 
-        def expected(image=image):
-            plain = reference.extract_regions(
-                image, grid, regions=some, dtype=torch.bfloat16, **norm
-            )
+        def expected(image=image, dtype=dtype):
+            plain = reference.extract_regions(image, grid, regions=some, dtype=dtype, **norm)
             truth = torch.cat([_cut64(image, grid, region, norm) for region in some], dim=1)
             return [(plain, truth)]
 
         configs = kernels.extract_configs(image)
-        yield GpuCase(f"extract-{'pixels' if by_pixel else 'planes'}", run, configs, expected)
+        names = f"extract-{name}-{str(dtype)[6:]}"
+        yield GpuCase(names, run, configs, expected, lambda outputs: [outputs[0][:, some]])
 
-    side = 8
-    for by_planes in (False, True):
-        features, _ = maps(
-            (1, grid.num_regions, side, side, channels),
-            torch.bfloat16,
-            by_planes,
-            0,
-            device,
-            "constant",
-        )
+    gain = torch.tensor(norm["std"], dtype=torch.float64, device=device).reciprocal()[:, None, None]
+    for name, by_pixel in layouts:
+        shape = (1, grid.num_regions, side, side, 3)
+        shape = shape if by_pixel else (*shape[:2], 3, side, side)
+        grad = torch.randn(shape, dtype=torch.bfloat16, device=device, generator=generator)
+        grad = grad.movedim(-1, 2) if by_pixel else grad
+
+        def run(config, grad=grad, by_pixel=by_pixel):
+            image = torch.empty((1, *size, 3) if by_pixel else (1, 3, *size), dtype=grad.dtype)
+            image = image.to(device).movedim(-1, 1) if by_pixel else image.to(device)
+            # The regions cover the image, so each pixel is written.
+            return [extract_gradient_by_kernel(grad, image, grid, config=config, out=image, **norm)]
+
+        def select(outputs):
+            boxes = [grid.box(region) for region in some]
+            return [outputs[0][:, :, y : y + h, x : x + w] for y, x, h, w in boxes]
+
+        def expected(grad=grad):
+            pairs = []
+            for region in some:
+                _, _, height, width = grid.box(region)
+                part = grad[:, region, :, :height, :width]
+                pairs.append(((part.float() * gain.float()).to(grad.dtype), part.double() * gain))
+            return pairs
+
+        configs = kernels.extract_configs(grad[:, 0])
+        yield GpuCase(f"extract-bwd-{name}", run, configs, expected, select)
+
+    side, step = 8, 97
+    rows, cols = grid.token_shape(grid.region // side)
+    index = torch.arange(0, rows * cols, step)
+    for by_planes, dtype, channels in (
+        (False, torch.bfloat16, 768),
+        (True, torch.bfloat16, 768),
+        (False, torch.float16, 3072),
+    ):
+        channels = channels if full else 24
+        shape = (1, grid.num_regions, side, side, channels)
+        features = torch.ones(1, dtype=dtype, device=device).expand(shape).contiguous()
+        if by_planes:
+            features = features.movedim(-1, 2).contiguous().movedim(2, -1)
 
         def run(config, features=features):
-            return [stitch_by_kernel(features, grid, config=config)[:, ::97]]
+            return [stitch_by_kernel(features, grid, config=config)]
 
-        def expected(features=features):
-            rows, cols = grid.token_shape(grid.region // side)
-            index = torch.arange(0, rows * cols, 97)
+        def expected(dtype=dtype, channels=channels):
             code = exact_code(index // cols, index % cols, channels)[None]
-            plain = (1 + code.float()).to(torch.bfloat16)
-            return [(plain, 1 + code)]
+            return [((1 + code.float()).to(dtype), 1 + code)]
 
         configs = kernels.stitch_configs(features)
-        yield GpuCase(f"stitch-{'planes' if by_planes else 'rows'}", run, configs, expected)
+        name = f"{'planes' if by_planes else 'rows'}-{str(dtype)[6:]}-{channels}"
+        select = lambda outputs: [outputs[0][:, ::step]]  # noqa: E731
+        yield GpuCase(f"stitch-{name}", run, configs, expected, select)
+
+        shape = (1, rows * cols, channels)
+        grad = torch.randn(shape, dtype=dtype, device=device, generator=generator)
+
+        def run(config, grad=grad, features=features):
+            return [stitch_gradient_by_kernel(grad, features, grid, config=config)]
+
+        def expected(grad=grad, channels=channels, dtype=dtype):
+            moved = torch.zeros(1, len(some), side, side, channels, dtype=dtype, device=device)
+            for k, region in enumerate(some):
+                start, pitch, height, width = places(grid, side)[0][region, :4].tolist()
+                for row in range(height):
+                    first = start + row * pitch
+                    moved[:, k, row, :width] = grad[:, first : first + width]
+            return [(moved, moved.double())]
+
+        select = lambda outputs: [outputs[0][:, some]]  # noqa: E731
+        yield GpuCase(f"stitch-bwd-{name}", run, configs, expected, select)
 
 
 def _cut64(image, grid, region, norm):

@@ -23,6 +23,7 @@ import triton.language as tl  # noqa: E402  (after the skip)
 
 from xt_kernels import _aot  # noqa: E402
 from xt_kernels.testing import (  # noqa: E402
+    GpuCase,
     KernelFault,
     assert_no_worse,
     check_mutants,
@@ -910,6 +911,18 @@ class TestMutants:
 
 
 # The GPU run, dry
+
+
+def test_what_nobody_wrote_is_seen_outside_what_is_compared() -> None:
+    truth = torch.ones(4, dtype=torch.float64)
+    pairs = [(truth.float(), truth)]
+    first = lambda outputs: [outputs[0][:4]]  # noqa: E731
+    case = GpuCase("case", lambda config: [torch.ones(8)], [], lambda: pairs, first)
+    case.check(case.run(None))
+    with pytest.raises(AssertionError, match="case, output 0: 1 values are NaN"):
+        case.check([torch.tensor([1.0] * 7 + [float("nan")])])
+    with pytest.raises(AssertionError, match="case, output 0: max error"):
+        case.check([torch.tensor([1.0, 2.0] * 4)])
 
 
 def test_gpu_tests_need_no_more_than_a_gpu_machine_has() -> None:
