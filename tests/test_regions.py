@@ -30,6 +30,7 @@ from xt_kernels.testing import (
 pytest.importorskip("triton")
 from xt_kernels.regions import kernels
 
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 FORMATS = [torch.contiguous_format, torch.channels_last]
 # Regions on the right and lower edge are partly padding; the last one is a corner.

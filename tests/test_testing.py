@@ -705,6 +705,14 @@ def _integer_kernel(out_ptr, a, b, WHAT: tl.constexpr):
         c = -a - b
     elif WHAT == "cast":
         c = (a.to(tl.int64) * b).to(tl.int32)
+    elif WHAT == "left shift":
+        c = a << 2
+    elif WHAT == "cumsum":
+        c = tl.max(tl.cumsum(tl.zeros([4], tl.int32) + a, 0), 0)
+    elif WHAT == "cumprod":
+        c = tl.max(tl.cumprod(tl.zeros([4], tl.int32) + a, 0), 0)
+    elif WHAT == "sum":
+        c = tl.sum(tl.zeros([4], tl.int32) + a, 0)
     elif WHAT == "hash":
         c = (a.to(tl.uint32) * 2654435769).to(tl.int32, bitcast=True)
     else:
@@ -714,7 +722,13 @@ def _integer_kernel(out_ptr, a, b, WHAT: tl.constexpr):
 
 @interpreted
 class TestInt32:
-    @pytest.mark.parametrize("what", ["multiplication", "addition", "subtraction", "cast"])
+    @pytest.mark.parametrize(
+        "what",
+        [
+            *("multiplication", "addition", "subtraction", "cast"),
+            *("left shift", "cumsum", "cumprod", "sum"),
+        ],
+    )
     def test_overflow_is_caught(self, what: str) -> None:
         out = torch.zeros(1, dtype=torch.int64)
         with honest_interpreter(), pytest.raises(KernelFault, match=f"int32 overflow: a {what}"):
@@ -728,6 +742,14 @@ class TestInt32:
         assert int(out) == (2**30 + 1) ** 2
         _integer_kernel[(1,)](out, 12345, 0, "hash")
         assert int(out) % 2**32 == 12345 * 2654435769 % 2**32
+
+    @pytest.mark.parametrize(
+        ("what", "result"), [("left shift", 28), ("cumsum", 28), ("cumprod", 2401), ("sum", 28)]
+    )
+    def test_what_fits_passes(self, what: str, result: int, honest: None) -> None:
+        out = torch.zeros(1, dtype=torch.int64)
+        _integer_kernel[(1,)](out, 7, 0, what)
+        assert int(out) == result
 
     def test_values_between_31_and_32_bits_stay_whole(self, honest: None) -> None:
         out = torch.zeros(1, dtype=torch.int64)

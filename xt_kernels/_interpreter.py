@@ -554,6 +554,7 @@ class _Arithmetic:
         np.add: "addition",
         np.subtract: "subtraction",
         np.multiply: "multiplication",
+        np.left_shift: "left shift",
     }
 
     def __init__(self, session: _Session) -> None:
@@ -691,6 +692,12 @@ class _Blocks:
         )
         for operation in (interp.ScanOps, interp.ReduceOps):
             session.replace(operation, "apply_impl", self.apply_impl)
+        for operation, name, function in (
+            (interp.ScanOps, "cumsum", np.cumsum),
+            (interp.ScanOps, "cumprod", np.cumprod),
+            (interp.ReduceOps, "sum", np.sum),
+        ):
+            session.replace(operation, name, self.narrow(function))
 
     def patch_lang_tensor(self, original: Any) -> Any:
         home = _package_folder("triton")
@@ -714,6 +721,28 @@ class _Blocks:
             scope.set_attr(tensor, "__index__", lambda scalar: int(scalar.handle.data.item()))
 
         return patch_lang_tensor
+
+    def narrow(self, function: Any) -> Callable[[Any], Any]:
+        """NumPy sums small integers in 64 bits, and the result would stay so."""
+
+        def make(original: Any) -> Any:
+            def total(op: Any, block: Any) -> Any:
+                kind = block.dtype.scalar
+                if not kind.is_int() or not 8 <= kind.int_bitwidth <= 32:
+                    return original(op, block)
+                options = {"keepdims": op.keep_dims} if function is np.sum else {}
+                exact = function(block.handle.data.astype(np.int64), axis=op.axis, **options)
+                narrow = exact.astype(self.s.interp._get_np_dtype(kind))
+                if self.arithmetic.check and kind.is_int_signed():
+                    self.arithmetic.refuse_change(
+                        kind, np.asarray(narrow), np.asarray(exact), function.__name__
+                    )
+                result = op.to_tensor(narrow, block.dtype)
+                return result if function is np.sum else [result]
+
+            return total
+
+        return make
 
     def combine(
         self, op: Any, dtypes: list[Any], left: list[_Array], right: list[_Array]
@@ -818,8 +847,11 @@ def honest_interpreter(
         are: a program that reads back its own store without `tl.debug_barrier()`, one store that
         puts two values in one place, and float atomics of several programs on one element (their
         order varies). Elements that two arguments share count as one if both have the same dtype.
-      check_int32: int32 (and smaller signed) add, subtract, multiply and narrowing that change the
-        value are faults. Unsigned arithmetic may wrap.
+        Not seen inside one program: two stores to one element, a store after a load of it, a load
+        after an atomic.
+      check_int32: int32 (and smaller signed) add, subtract, multiply, left shift, sum, scan and
+        narrowing that change the value are faults. Unsigned arithmetic may wrap, and narrowing to
+        an unsigned type may cut.
       poison: masked lanes of a load without `other` hold NaN, or 0x2AAA... for integers, instead of
         0.
       allow_float_atomics: see `check_races`.
