@@ -1070,7 +1070,7 @@ class TestGpuRun:
         }, text
         assert "the process died (139)" in items["test_toy:crashes:64"]["message"]
         assert "max error" in items["test_toy:wrong:64"]["message"]
-        assert "10 of 100 values are not finite" in items["test_toy:unwritten:64"]["message"]
+        assert "output 0: 10 values are NaN" in items["test_toy:unwritten:64"]["message"]
         assert "bytes differ" in items["test_toy:varies"]["message"]
         assert outcomes["test_toy:good:shipped"] == outcomes["test_toy:good"] == "passed"
         assert outcomes["test_toy.py::test_needs_a_gpu"] == "skipped"

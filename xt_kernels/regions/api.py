@@ -223,7 +223,8 @@ def _check_out(
         checks.fail(op, "out", rule, checks.dtype_name(out.dtype))
     checks.check_device(op, "out", out, source_name, source)
     reach = 0  # of the axes with smaller strides
-    for step, size in sorted(zip(out.stride(), out.shape, strict=True)):
+    axes = [] if out.is_contiguous() else zip(out.stride(), out.shape, strict=True)
+    for step, size in sorted(axes):
         if step <= reach and size > 1:
             rule = "have memory of its own for each element"
             checks.fail(op, "out", rule, f"strides {out.stride()}")
@@ -236,15 +237,12 @@ def _check_out(
 
 def _meet(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether the stretches of memory that two tensors lie in have a byte in common."""
-    if not one.numel() or not other.numel():
-        return False
-    spans = [
-        (t.data_ptr(), sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)))
-        for t in (one, other)
-    ]
-    (first, one_last), (second, other_last) = spans
-    first_end = first + (one_last + 1) * one.itemsize
-    return first < second + (other_last + 1) * other.itemsize and second < first_end
+    first, second = one.data_ptr(), other.data_ptr()
+    if first > second:
+        return _meet(other, one)
+    last = sum((n - 1) * step for n, step in zip(one.shape, one.stride(), strict=True))
+    end = first + (last + 1) * one.itemsize
+    return second < end and one.numel() > 0 and other.numel() > 0
 
 
 def _check_tensor(op: str, name: str, value: Any) -> None:
