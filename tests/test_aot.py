@@ -170,6 +170,44 @@ def test_a_part_of_the_cases_can_be_measured(
     assert all("twice" in key for key in first & second)
 
 
+def test_the_lock_is_written_on_purpose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command, on a module with one good kernel, which then gets a bad one."""
+    module = tmp_path / "toy_kernels.py"
+    kernel = TOYS[: TOYS.index("@triton.jit\ndef _matmul_kernel")]
+    cases = TOYS[TOYS.index("def aot_cases") :]
+    good = kernel + cases[: cases.index("    yield _matmul")]
+    module.write_text(good)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(_aot, "kernel_modules", lambda: ["toy_kernels"])
+    locks = ["--lock-dir", str(tmp_path / "locks")]
+    path = _aot.lock_path(triton.__version__, tmp_path / "locks")
+
+    assert _aot.main(locks) == 0 and not path.exists()
+    assert f"no lock for Triton {triton.__version__}" in capsys.readouterr().out
+    assert _aot.main(["--update-lock", *locks]) == 0
+    text = path.read_text()
+    lock = json.loads(text)
+    assert len(lock) == 6 and all(row["registers"] > 0 for row in lock.values())
+    assert _aot.main(locks) == 0
+
+    key = "toy_kernels:copy|sm_90|aligned"
+    row = lock[key]["registers"]
+    path.write_text(json.dumps({**lock, key: {**lock[key], "registers": row + 1}}))
+    assert _aot.main(locks) == 1
+    assert f"{key}: registers {row + 1} -> {row}" in capsys.readouterr().out
+    assert _aot.main(["--update-lock", *locks]) == 0 and path.read_text() == text
+
+    bad = {"x_ptr": "*bf16"}
+    module.write_text(good + f"    yield AotCase('bad', _copy_kernel, {bad}, {{}}, 4, 1)\n")
+    assert _aot.main(["--update-lock", *locks]) == 1 and path.read_text() == text
+    with pytest.raises(SystemExit):
+        _aot.main(["--update-lock", "toy_kernels", *locks])
+    assert "--update-lock writes all modules; name none" in capsys.readouterr().err
+
+
 PARTS = 10  # each in a test of its own, so that workers share them
 # All of them takes ten minutes of a core: XT_AOT_ARCHS=90 is for a second look with another Triton.
 CHOSEN = tuple(int(a) for a in os.environ.get("XT_AOT_ARCHS", "80,90,100").split(","))

@@ -92,6 +92,8 @@ def test_large_image_places_without_a_walk():
     ("call", "message"),
     [
         (lambda: RegionGrid(0, 4, 4), "RegionGrid: height must be at least 1 pixel, got 0."),
+        (lambda: RegionGrid(4.0, 4, 4), "RegionGrid: height must be an integer, got 4.0."),
+        (lambda: RegionGrid(4, 4, "4"), "RegionGrid: region must be an integer, got '4'."),
         (lambda: RegionGrid(4, -1, 4), "RegionGrid: width must be at least 1 pixel, got -1."),
         (lambda: RegionGrid(4, 4, 0), "RegionGrid: region must be at least 1 pixel, got 0."),
         (lambda: RegionGrid(9, 9, 4).box(9), r"index must be in \[0, 9\), got 9."),

@@ -7,6 +7,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -960,24 +961,121 @@ class TestOffsetsPast2To31:
             config = Config(32, 16, 4, 1, columns)
             self.cases.append((replace_choices(plan, **moved), expected, config))
 
-    @pytest.mark.parametrize("window", ["lsh", "cluster"])
-    def test_plan(self, monkeypatch, window):
-        """Tensors and orders whose strides pass; the scratch between is as long as the tokens."""
+    def last_head(self, heads, bits, tiles):
+        """The programs of the last head of queries and of keys, with so many tiles each."""
+
+        def programs(kernel, grid):
+            queries, keys = {
+                "_hyper_planes_kernel": (bits, 0),
+                "_hyper_seeds_kernel": (1, 0),
+                "_hyper_centres_kernel": (1, 0),
+                "_hyper_scan_kernel": (1, 1),
+            }.get(kernel, (tiles, tiles))
+            assert grid == (heads * (queries + keys), 1, 1)
+            last = heads * queries
+            return [*range(last - queries, last), *range(grid[0] - keys, grid[0])]
+
+        return programs
+
+    def plan_of_far_tensors(self, window):
+        """Tensors and orders whose strides pass."""
         low, _ = inputs(self.shape, torch.float32)
         spec = Spec(False, 20, 6, 0, window, "sample")
         planes = plans.random_projections(24, 4, 0, torch.device("cpu")).expand(3, -1, -1)
         wanted = plans.eager_choices(spec, low[0], low[1], low[3], planes, 0)
+        random = sparse(planes.shape, (2**30 + 4, 2**29 + 16, 2**30 + 1024), planes.dtype)
+        random.copy_(planes)
 
         def empty(*arguments):
             made = plans.empty_choices(*arguments)
             return made._replace(**{n: far_heads(getattr(made, n)) for n in made._fields[:3]})
 
-        monkeypatch.setattr(order, "empty_choices", empty)
-        random = far(planes[None])[0]
-        with honest_interpreter():
-            found = order.launch_choices(spec, self.low[0], self.low[1], self.low[3], random, 0)
-        for ours, theirs in zip(found, wanted, strict=True):
-            assert torch.equal(ours, theirs)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(order, "empty_choices", empty)
+            with honest_interpreter(programs=self.last_head(9, 4, 1)):
+                found = order.launch_choices(spec, self.low[0], self.low[1], self.low[3], random, 0)
+        for ours, theirs in zip(found[:3], wanted[:3], strict=True):
+            assert torch.equal(ours[-1, -1], theirs[-1, -1])
+
+    def plan_of_the_last_head(self, window):
+        """So many heads that scratch passes, of which the last one's programs run."""
+        heads, bits = 127_000_000, 4
+        low, _ = inputs((1, 1, 1, 300, 270, 17, 16), torch.float32)
+        spec = Spec(False, 20, 6, 0, window, "none")
+        planes = plans.random_projections(16, bits, 0, torch.device("cpu")).expand(1, -1, -1)
+        wanted = plans.eager_choices(spec, low[0], low[1], low[3], planes, 0)
+
+        def empty(spec, query, key, *more):
+            made = plans.empty_choices(spec, query[:, :1], key[:, :1], *more)
+            sizes = [(1, heads, tensor.shape[2]) for tensor in made[:3]]
+            orders = [sparse(size, (heads * 320, 320, 1), torch.int32) for size in sizes]
+            return made._replace(**dict(zip(made._fields, orders, strict=False)))
+
+        names = ("Tensor", "dtype", "uint8", "int32", "float32")
+        scratch = SimpleNamespace(
+            empty=lambda size, dtype, device: sparse(size, None, dtype),
+            empty_like=lambda tensor: sparse(tensor.shape, None, tensor.dtype),
+            **{name: getattr(torch, name) for name in names},
+        )
+
+        tensors = [t.expand(1, heads, -1, -1) for t in (low[0], low[1], low[3])]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(order, "empty_choices", empty)
+            patch.setattr(order, "torch", scratch)
+            with honest_interpreter(programs=self.last_head(heads, bits, 2)):
+                random = planes.expand(heads, -1, -1)
+                found = order.launch_choices(spec, *tensors, random, 0)
+        for ours, theirs in zip(found[:3], wanted[:3], strict=True):
+            assert torch.equal(ours[:, -1], theirs[:, 0])
+
+    def third_segment_in_one_bucket(self):
+        """2**30 queries and keys a segment in one bucket: a place times the bucket's size passes,
+        and so does the third segment's order.
+        """
+        length, segments, buckets, width = 2**30, 3, 16, 256
+        tiles, blocks = length // plans.TILE, length // plans.QUERY_BLOCK
+        codes = sparse((length,), None, torch.uint8)
+        bases = sparse((tiles, buckets), None, torch.int32)
+        begin = torch.tensor(segments * [[0] + [length] * buckets], dtype=torch.int32)
+        orders, starts = (sparse((segments * n,), None, torch.int32) for n in (length, blocks))
+        programs = segments * tiles
+        with honest_interpreter(programs=lambda kernel, grid: [programs - 1]):
+            order._hyper_order_kernel[(2 * programs,)](
+                codes, codes, bases, bases, begin, begin, orders, orders, starts, 1, 1, length,
+                length, tiles, tiles, 0, 0, 0, 0, segments, 0, 0, length, length, length, width,
+                blocks, 0, 0, 0, tiles, tiles, *(t.numel() for t in (orders, orders, starts)),
+                programs, BUCKETS=buckets, BLOCK=plans.QUERY_BLOCK, PART=32,
+            )  # fmt: skip
+        assert orders[2 * length : 2 * length + plans.TILE].tolist() == [
+            *range(length - plans.TILE, length)
+        ]
+        middles = [length - n for n in (192, 64)]
+        assert starts[-2:].tolist() == [min(m - width // 2, length - width) for m in middles]
+
+    def plan(self, *windows):
+        for window in windows:
+            self.plan_of_far_tensors(window)
+            self.plan_of_the_last_head(window)
+
+    @pytest.mark.parametrize(
+        ("kernel", "windows", "casts"),
+        [
+            ("_hyper_planes_kernel", ["lsh"], 11),
+            ("_hyper_seeds_kernel", ["cluster"], 11),
+            ("_hyper_centres_kernel", ["cluster"], 6),
+            ("_hyper_hash_kernel", ["lsh", "cluster"], 11),
+            ("_hyper_scan_kernel", ["lsh"], 2),
+        ],
+    )
+    def test_plan(self, kernel, windows, casts):
+        assert check_mutants(order, kernel, lambda: self.plan(*windows)) >= casts
+
+    def test_order(self):
+        def check():
+            self.third_segment_in_one_bucket()
+            self.plan("lsh")
+
+        assert check_mutants(order, "_hyper_order_kernel", check) >= 7
 
     def forward(self):
         for plan, expected, config in self.cases:
@@ -1284,6 +1382,32 @@ def gpu_cases(device: str, full: bool) -> Iterator[GpuCase]:
                 chosen = [tuple(c[min(i, len(c) - 1)] for c in several) for i in range(most)]
                 name = f"d{shape[6]}-{str(dtype)[6:]}-{window}-{residual}"
                 yield GpuCase(f"{name}{'-causal' if is_causal else ''}", run, chosen, expected)
+
+    # More than 2**31 elements in every tensor but lse; the last heads are judged.
+    shape = (4100 if full else 2, 64 if full else 3, 128, 64)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def drawn():
+        return torch.randn(shape, dtype=torch.bfloat16, device=device, generator=generator)
+
+    low, grads = [drawn() for _ in range(3)], [drawn(), None]
+    low += [None, None]
+    plan = plan_of(low, lsh_num_projs=4)
+
+    def run(config, low=low, grads=grads, plan=plan):
+        return by_kernel(low, grads, plan, config=config, chosen=(config, config))
+
+    def few(tensors):
+        return [None if t is None else t[-1:, -2:] for t in tensors]
+
+    def expected(low=low, grads=grads, plan=plan):
+        parts = {n: t[-1:, -2:] for n, t in plan.choices._asdict().items() if t.dim() == 3}
+        part, low, grads = replace_choices(plan, **parts), few(low), few(grads)
+        wide, wide_grads = ([None if t is None else t.double() for t in x] for x in (low, grads))
+        plain, truth = dense(low, grads, part), dense(wide, wide_grads, part)
+        return list(zip(plain, truth, strict=True))
+
+    yield GpuCase("past-2-31", run, [], expected, few, repeats=10)
 
 
 def test_gpu_cases_agree_with_their_references(honest, device):

@@ -5,9 +5,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
+import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import xt_kernels as xk
 from xt_kernels import RegionGrid, reference
@@ -26,6 +30,7 @@ from xt_kernels.testing import (
 pytest.importorskip("triton")
 from xt_kernels.regions import kernels
 
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 FORMATS = [torch.contiguous_format, torch.channels_last]
 # Regions on the right and lower edge are partly padding; the last one is a corner.
@@ -60,7 +65,9 @@ def extract_by_kernel(
     return out
 
 
-def extract_gradient_by_kernel(grad, image, grid, regions=None, origin=(0, 0), config=None, **norm):
+def extract_gradient_by_kernel(
+    grad, image, grid, regions=None, origin=(0, 0), config=None, out=None, **norm
+):
     """The kernel's gradient of an image `[B, C, h, w]`, in the image's layout."""
     gain, _ = normalisation(
         image.dtype, image.shape[1], norm.get("mean"), norm.get("std"), norm.get("scale")
@@ -68,7 +75,7 @@ def extract_gradient_by_kernel(grad, image, grid, regions=None, origin=(0, 0), c
     boxes = ops._boxes(grid, regions, *origin).to(image.device)
     inner = torch.promote_types(image.dtype, torch.float32)
     gain = torch.tensor(gain, dtype=inner, device=image.device)
-    out = torch.zeros_like(image)
+    out = torch.zeros_like(image) if out is None else out
     aligned = ops._aligned(grid, origin[1])
     kernels.launch_extract_backward(grad, boxes, gain, out, aligned, config)
     return out
@@ -241,6 +248,48 @@ def test_extraction_gradient_kernel_is_no_worse_than_eager(honest, device, dtype
         torch.testing.assert_close(ours, found[1])
     else:
         assert_no_worse(ours, found[0], found[1])
+
+
+def aligned_picture(channels, by_pixel, batch=2):
+    """An image of 20 x 40 and regions of side 8: all strides are multiples of 8."""
+    shape = (batch, 20, 40, channels) if by_pixel else (batch, channels, 20, 40)
+    image = make(shape, torch.float32, 0)[0]
+    return (image.movedim(-1, 1) if by_pixel else image), RegionGrid(20, 40, 8)
+
+
+@pytest.mark.parametrize("origin", [(0, 0), (8, 8)])
+@pytest.mark.parametrize("channels", [3, 8])
+@pytest.mark.parametrize("by_pixel", [False, True])
+def test_strides_in_units_of_eight(honest, device, monkeypatch, by_pixel, channels, origin):
+    """The way of every image whose sides are multiples of 8: several regions from the left edge."""
+    whole, grid = aligned_picture(channels, by_pixel)
+    ids = (6, 14, 9)  # one is cut by the lower edge
+    window = whole.to(device)[:, :, origin[0] :, origin[1] :]
+    units = []
+
+    def noted(*arguments):
+        strides = strides_in_units(*arguments)
+        units.append(strides[-1])
+        return strides
+
+    strides_in_units = kernels._strides_in_units
+    monkeypatch.setattr(kernels, "_strides_in_units", noted)
+    norm = {"mean": [0.1] * channels, "std": [0.5 + c for c in range(channels)]}
+    ours = extract_by_kernel(window, grid, ids, origin, last=by_pixel, **norm)
+    plain = reference.extract_regions(whole.to(device), grid, regions=ids, **norm)
+    truth = reference.extract_regions(
+        whole.double().to(device), grid, regions=ids, dtype=torch.float64, **norm
+    )
+    assert_no_worse(ours, plain, truth)
+    grad = torch.empty_like(ours).copy_(make(ours.shape, torch.float32, 1)[0])
+    ours = extract_gradient_by_kernel(grad, window, grid, ids, origin, **norm)
+    found = []
+    for source, output in ((whole, grad), (whole.double(), grad.double())):
+        leaf = source.to(device).requires_grad_()
+        cut = reference.extract_regions(leaf, grid, regions=ids, dtype=output.dtype, **norm)
+        found.append(torch.autograd.grad(cut, leaf, output)[0][:, :, origin[0] :, origin[1] :])
+    assert_no_worse(ours, *found)
+    assert units == [8, 8]
 
 
 @pytest.mark.parametrize("order", ["row", "tile"])
@@ -492,6 +541,70 @@ def test_compile_without_graph_break(device):
     assert torch.equal(buffer, expected)
 
 
+def both(image, features):
+    """One call of each op."""
+    return (
+        xk.extract_regions(image, GRID, regions=[5, 0], mean=[0.1, 0.2, 0.3]),
+        xk.stitch_regions(features, GRID),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*not yet implemented the batching rule")
+def test_traces_fakes_and_transforms_go_through_the_dispatcher():
+    tensors = torch.randn(3, 13, 21), torch.randn(6, 8, 4, 4)
+    wanted = both(*tensors)
+    traced = make_fx(both)(*(torch.zeros_like(t) for t in tensors))
+    targets = {node.target for node in traced.graph.nodes}
+    xt = torch.ops.xt
+    assert {xt.extract_regions_fwd.default, xt.stitch_regions_fwd.default} <= targets
+    for ours, plain in zip(traced(*tensors), wanted, strict=True):
+        assert torch.equal(ours, plain)
+
+    with FakeTensorMode() as mode:
+        fakes = both(*(mode.from_tensor(t) for t in tensors))
+    assert all(type(fake) is FakeTensor for fake in fakes)
+    assert [fake.shape for fake in fakes] == [plain.shape for plain in wanted]
+
+    stacks = [torch.stack([t, 2 * t]) for t in tensors]
+    mapped = torch.vmap(both)(*stacks)
+    for place in range(2):
+        for ours, plain in zip(mapped, both(*(t[place] for t in stacks)), strict=True):
+            assert torch.equal(ours[place], plain)
+
+
+def test_a_buffer_filled_again_is_not_taken_for_what_it_was():
+    """Autograd refuses to use a buffer that changed since it was saved."""
+    weight = torch.ones((), requires_grad=True)
+    cut, tokens = (torch.zeros_like(t) for t in both(torch.zeros(3, 13, 21), MAPS))
+    for buffer, fill in (
+        (cut, lambda: xk.extract_regions(IMAGE, GRID, regions=[5, 0], out=cut)),
+        (tokens, lambda: xk.stitch_regions(MAPS, GRID, out=tokens)),
+    ):
+        product = (buffer * weight).sum()
+        with torch.no_grad():
+            fill()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+
+
+def test_without_the_names_that_torch_keeps_private_the_ops_are_dispatched():
+    code = """
+import torch
+del torch._C._len_torch_dispatch_stack
+import xt_kernels as xk
+from torch.autograd.profiler import profile
+from xt_kernels.regions import direct
+image = torch.randn(3, 13, 21, requires_grad=True)
+assert not direct.is_plain(image)
+with profile() as kept:
+    cut = xk.extract_regions(image, xk.RegionGrid(13, 21, 8))
+assert "xt::extract_regions_fwd" in {event.name for event in kept.function_events}
+cut.sum().backward()
+assert (image.grad == 1).all()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_autocast_leaves_dtypes_alone(device):
     with torch.autocast(device, torch.bfloat16):
         cut = xk.extract_regions(torch.randn(3, 9, 9, device=device), RegionGrid(9, 9, 4))
@@ -555,6 +668,19 @@ def test_buffers_are_filled_in_any_number_of_calls_and_order(device):
         xk.stitch_regions(features[:, ids], GRID, regions=ids, out=buffer)
     assert torch.equal(buffer.float(), whole)
     assert storage[[0, -1]].isnan().all()
+
+
+def test_numbers_come_as_sequences_arrays_and_tensors():
+    image, features = picture((3, 13, 21), torch.uint8)[0], torch.randn(2, 8, 4, 4)
+    cut = xk.extract_regions(image, GRID, regions=[4, 1], mean=[0, 1, 2], std=[1, 2, 3], scale=1)
+    tokens = xk.stitch_regions(features, GRID, regions=[4, 1], chunk=[1, 2, 4])
+    for kind in (tuple, np.array, torch.tensor):
+        options = {"mean": kind([0, 1, 2]), "std": kind([1, 2, 3]), "scale": np.float32(1)}
+        origin, grid = kind([0, 0]), RegionGrid(*np.array([13, 21, 8], dtype=np.uint8))
+        ours = xk.extract_regions(image, grid, regions=kind([4, 1]), origin=origin, **options)
+        assert torch.equal(ours, cut)
+        lists = {"regions": kind([4, 1]), "chunk": kind([1, 2, 4])}
+        assert torch.equal(xk.stitch_regions(features, GRID, **lists), tokens)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
@@ -773,6 +899,7 @@ class TestOffsetsPast2To31:
 
 IMAGE = torch.zeros(3, 13, 21)
 MAPS = torch.zeros(6, 8, 4, 4)
+MEMORY = torch.zeros(2048)
 
 
 @pytest.mark.parametrize(
@@ -787,7 +914,32 @@ MAPS = torch.zeros(6, 8, 4, 4)
         ({"mean": [1.0]}, "mean must hold one number for each channel of image = 3, got 1"),
         ({"std": [1.0] * 4}, "std must hold one number for each channel of image = 3, got 4"),
         ({"std": [1.0, 0.0, 1.0]}, r"std must be nonzero, got \[1.0, 0.0, 1.0\]"),
-        ({"scale": math.inf}, r"scale must be finite, got \[inf\]"),
+        ({"scale": math.inf}, "scale must be a finite number, got inf"),
+        ({"scale": "x"}, "scale must be a finite number, got 'x'"),
+        ({"image": IMAGE.numpy()}, "image must be a torch.Tensor, got ndarray"),
+        ({"image": IMAGE.to_sparse()}, "image must be a strided tensor, got torch.sparse_coo"),
+        ({"mean": 0.5}, "mean must hold one number for each channel of image = 3, got 0.5"),
+        ({"mean": torch.ones(4)}, "mean must hold one number for each channel of .* = 3, got 4"),
+        ({"mean": [0, math.nan, 0]}, r"mean must be finite, got \[0.0, nan, 0.0\]"),
+        ({"std": [1e-45] * 3}, r"scale / std must fit in float32, got \[1.0\d*e\+45, "),
+        ({"mean": [1e38] * 3, "std": [0.1] * 3}, "mean / std must fit in float32, got "),
+        ({"regions": [1.7]}, r"regions must hold integers, the numbers of regions, got \[1.7\]"),
+        ({"regions": [True]}, r"regions must hold integers, .* got \[True\]"),
+        ({"regions": "12"}, "regions must hold integers, .* got '12'"),
+        ({"regions": 1}, "regions must hold integers, .* got 1"),
+        ({"regions": torch.tensor([1.0])}, r"regions must hold integers, .* got tensor\(\[1.\]\)"),
+        ({"origin": 0}, r"origin must be two integers, \(row, column\), got 0"),
+        ({"origin": (0,)}, r"origin must be two integers, \(row, column\), got \(0,\)"),
+        ({"origin": (-0.9, -0.9)}, r"origin must be two integers, .* got \(-0.9, -0.9\)"),
+        (
+            {"out": torch.zeros(6, 3, 8, 8), "memory_format": torch.channels_last},
+            "memory_format must be left out where out is given, got torch.channels_last",
+        ),
+        ({"out": MEMORY.as_strided((6, 3, 8, 8), (192, 64, 7, 1))}, "out must have memory of its"),
+        (
+            {"out": MEMORY[800:1952].view(6, 3, 8, 8), "image": MEMORY[:819].view(3, 13, 21)},
+            "out must lie apart from image in memory, got a view of the same",
+        ),
         ({"regions": [0, 6]}, r"regions must hold region numbers of the grid, in \[0, 6\), got 6"),
         ({"regions": [-1]}, r"regions .* in \[0, 6\), got -1"),
         (
@@ -836,6 +988,15 @@ def test_extraction_refuses(options, message):
         ({"regions": [0]}, "features must hold as many regions as regions = 1, got 6"),
         ({"regions": [0, 0]}, "regions must hold distinct region numbers, got 0 twice"),
         ({"regions": [6]}, r"regions must hold region numbers of the grid, in \[0, 6\), got 6"),
+        ({"regions": [0.5]}, r"regions must hold integers, .* got \[0.5\]"),
+        ({"chunk": 3}, "chunk must hold integers, the numbers of regions, got 3"),
+        ({"features": MAPS.numpy()}, "features must be a torch.Tensor, got ndarray"),
+        ({"out": [0.0]}, "out must be a torch.Tensor, got list"),
+        ({"out": MEMORY.as_strided((77, 8), (4, 1))}, r".* of its own .* strides \(4, 1\)"),
+        (
+            {"out": MEMORY[700:1316].view(77, 8), "features": MEMORY[:768].view(6, 8, 4, 4)},
+            "out must lie apart from features in memory",
+        ),
         ({"chunk": [1, 1]}, "chunk must hold distinct region numbers, got 1 twice"),
         ({"chunk": [9]}, r"chunk must hold region numbers of the grid, in \[0, 6\), got 9"),
         ({"chunk": [1, 2], "regions": [3]}, "regions must be in chunk, got 3"),
@@ -866,57 +1027,106 @@ def test_stitching_refuses(options, message):
 
 
 def gpu_cases(device: str, full: bool) -> Iterator[GpuCase]:
-    """Launches for `scripts/gpu_run.py`."""
-    size, side, channels = ((29_000, 25_000), 256, 768) if full else ((20, 37), 16, 24)
+    """Launches for `scripts/gpu_run.py`; at full size images have more than 2**31 elements, as have
+    features of 3072 channels.
+    """
+    size, side = ((29_000, 25_000), 256) if full else ((20, 37), 16)
     grid = RegionGrid(*size, side)
     norm = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     # The fp64 truth of 29k x 25k would not fit: corners and a middle one stand for all regions.
     last = grid.num_regions - 1
     some = sorted({0, grid.cols - 1, grid.num_regions // 2, last - grid.cols + 1, last})
+    generator = torch.Generator(device).manual_seed(0)
+    layouts = [("planes", False), ("pixels", True)]
 
-    for by_pixel in (False, True):
+    for (name, by_pixel), dtype in product(layouts, (torch.bfloat16, torch.float16)):
         shape = (1, *size, 3) if by_pixel else (1, 3, *size)
-        generator = torch.Generator(device).manual_seed(0)
         image = torch.randint(256, shape, dtype=torch.uint8, device=device, generator=generator)
         image = image.movedim(-1, 1) if by_pixel else image
 
-        def run(config, image=image):
-            out = extract_by_kernel(image, grid, dtype=torch.bfloat16, config=config, **norm)
-            return [out[:, some]]
+        def run(config, image=image, dtype=dtype, last=by_pixel):
+            return [extract_by_kernel(image, grid, dtype=dtype, last=last, config=config, **norm)]
 
-        def expected(image=image):
-            plain = reference.extract_regions(
-                image, grid, regions=some, dtype=torch.bfloat16, **norm
-            )
+        def expected(image=image, dtype=dtype):
+            plain = reference.extract_regions(image, grid, regions=some, dtype=dtype, **norm)
             truth = torch.cat([_cut64(image, grid, region, norm) for region in some], dim=1)
             return [(plain, truth)]
 
         configs = kernels.extract_configs(image)
-        yield GpuCase(f"extract-{'pixels' if by_pixel else 'planes'}", run, configs, expected)
+        names = f"extract-{name}-{str(dtype)[6:]}"
+        yield GpuCase(names, run, configs, expected, lambda outputs: [outputs[0][:, some]])
 
-    side = 8
-    for by_planes in (False, True):
-        features, _ = maps(
-            (1, grid.num_regions, side, side, channels),
-            torch.bfloat16,
-            by_planes,
-            0,
-            device,
-            "constant",
-        )
+    gain = torch.tensor(norm["std"], dtype=torch.float64, device=device).reciprocal()[:, None, None]
+    for name, by_pixel in layouts:
+        shape = (1, grid.num_regions, side, side, 3)
+        shape = shape if by_pixel else (*shape[:2], 3, side, side)
+        grad = torch.randn(shape, dtype=torch.bfloat16, device=device, generator=generator)
+        grad = grad.movedim(-1, 2) if by_pixel else grad
+
+        def run(config, grad=grad, by_pixel=by_pixel):
+            image = torch.empty((1, *size, 3) if by_pixel else (1, 3, *size), dtype=grad.dtype)
+            image = image.to(device).movedim(-1, 1) if by_pixel else image.to(device)
+            # The regions cover the image, so each pixel is written.
+            return [extract_gradient_by_kernel(grad, image, grid, config=config, out=image, **norm)]
+
+        def select(outputs):
+            boxes = [grid.box(region) for region in some]
+            return [outputs[0][:, :, y : y + h, x : x + w] for y, x, h, w in boxes]
+
+        def expected(grad=grad):
+            pairs = []
+            for region in some:
+                _, _, height, width = grid.box(region)
+                part = grad[:, region, :, :height, :width]
+                pairs.append(((part.float() * gain.float()).to(grad.dtype), part.double() * gain))
+            return pairs
+
+        configs = kernels.extract_configs(grad[:, 0])
+        yield GpuCase(f"extract-bwd-{name}", run, configs, expected, select)
+
+    side, step = 8, 97
+    rows, cols = grid.token_shape(grid.region // side)
+    index = torch.arange(0, rows * cols, step)
+    for by_planes, dtype, channels in (
+        (False, torch.bfloat16, 768),
+        (True, torch.bfloat16, 768),
+        (False, torch.float16, 3072),
+    ):
+        channels = channels if full else 24
+        shape = (1, grid.num_regions, side, side, channels)
+        features = torch.ones(1, dtype=dtype, device=device).expand(shape).contiguous()
+        if by_planes:
+            features = features.movedim(-1, 2).contiguous().movedim(2, -1)
 
         def run(config, features=features):
-            return [stitch_by_kernel(features, grid, config=config)[:, ::97]]
+            return [stitch_by_kernel(features, grid, config=config)]
 
-        def expected(features=features):
-            rows, cols = grid.token_shape(grid.region // side)
-            index = torch.arange(0, rows * cols, 97)
+        def expected(dtype=dtype, channels=channels):
             code = exact_code(index // cols, index % cols, channels)[None]
-            plain = (1 + code.float()).to(torch.bfloat16)
-            return [(plain, 1 + code)]
+            return [((1 + code.float()).to(dtype), 1 + code)]
 
         configs = kernels.stitch_configs(features)
-        yield GpuCase(f"stitch-{'planes' if by_planes else 'rows'}", run, configs, expected)
+        name = f"{'planes' if by_planes else 'rows'}-{str(dtype)[6:]}-{channels}"
+        select = lambda outputs: [outputs[0][:, ::step]]  # noqa: E731
+        yield GpuCase(f"stitch-{name}", run, configs, expected, select)
+
+        shape = (1, rows * cols, channels)
+        grad = torch.randn(shape, dtype=dtype, device=device, generator=generator)
+
+        def run(config, grad=grad, features=features):
+            return [stitch_gradient_by_kernel(grad, features, grid, config=config)]
+
+        def expected(grad=grad, channels=channels, dtype=dtype):
+            moved = torch.zeros(1, len(some), side, side, channels, dtype=dtype, device=device)
+            for k, region in enumerate(some):
+                start, pitch, height, width = places(grid, side)[0][region, :4].tolist()
+                for row in range(height):
+                    first = start + row * pitch
+                    moved[:, k, row, :width] = grad[:, first : first + width]
+            return [(moved, moved.double())]
+
+        select = lambda outputs: [outputs[0][:, some]]  # noqa: E731
+        yield GpuCase(f"stitch-bwd-{name}", run, configs, expected, select)
 
 
 def _cut64(image, grid, region, norm):

@@ -733,6 +733,36 @@ def gpu_cases(device: str, full: bool) -> Iterator[GpuCase]:
             configs = [tuple(c[min(i, len(c) - 1)] for c in several) for i in range(most)]
             yield GpuCase(f"n{shape[2]}-d{shape[1]}-{str(dtype)[6:]}", run, configs, expected)
 
+    # More than 2**31 elements in u, delta, out and their gradients; the last sequences are judged.
+    batch, dim, states, length = (16_200, 1024, 8, 130) if full else (3, 12, 8, 5)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def drawn(*size, dtype=torch.bfloat16):
+        return torch.randn(size, dtype=dtype, device=device, generator=generator)
+
+    low = [drawn(batch, dim, length) for _ in range(2)]
+    low += [-2 * drawn(dim, states, dtype=torch.float32).abs()]
+    low += [drawn(batch, 1, states, length) for _ in range(2)] + [None] * 4
+    grads = [drawn(batch, dim, length), drawn(batch, dim, states, dtype=torch.float32)]
+
+    def run(config, low=low, grads=grads):
+        table = kernels.FORWARD, kernels.BACKWARD
+        config = tuple(kernels.configs(t, low[2])[0] for t in table)
+        return by_kernel(low, grads, config=config, segments=None, chunk=64 if full else 4)
+
+    def few(outputs):
+        # Without the gradient of A, a sum over all sequences.
+        return [t[-2:] for i, t in enumerate(outputs) if i != 4]
+
+    def expected(low=low, grads=grads):
+        part = [t if t is None or t.dim() == 2 else t[-2:] for t in low]
+        ends = [t[-2:] for t in grads]
+        wide, wide_ends = ([None if t is None else t.double() for t in x] for x in (part, ends))
+        pairs = references(part, wide, ends, wide_ends)
+        return [pair for i, pair in enumerate(pairs) if i != 4]
+
+    yield GpuCase("past-2-31", run, [], expected, few, repeats=10)
+
 
 def test_gpu_cases_agree_with_their_references(honest, device):
     if device == "cuda":

@@ -755,39 +755,6 @@ def test_the_time_of_compiling_is_told_apart(monkeypatch):
     assert 0.5 < xm.plan(small(), source, batch_size=4, compile=True).seconds < 15
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("compile", [False, True])
-def test_nothing_waits_for_the_gpu_between_batches(compile):
-    model, source = small().cuda().eval(), xm.open_image(scene(640, 960))
-    expected = tokens_of(model, source, compile=compile)  # and all is set up
-    for other in (scene(640, 960, seed=1), scene(640, 960)):
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            ours = tokens_of(model, xm.open_image(other), compile=compile)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    for chunk, tokens in expected.items():
-        assert torch.equal(ours[chunk], tokens)
-    with torch.inference_mode():
-        whole = model(torch.from_numpy(scene(640, 960)).permute(2, 0, 1).cuda())
-    embedding = xm.stream(model, source, compile=compile).embedding
-    np.testing.assert_allclose(embedding, whole.embedding[0].cpu().numpy(), rtol=1e-2, atol=1e-3)
-
-
-@pytest.mark.gpu
-def test_memory_of_the_gpu_is_flat_and_foretold(tmp_path):
-    model, peaks = small(memory="kv").cuda(), []
-    for side in (640, 640, 2560):
-        torch.cuda.reset_peak_memory_stats()
-        source = xm.open_image(scene(side, side))
-        xm.stream(model, source, tmp_path / str(len(peaks)), compile=False, checkpoint_seconds=0)
-        peaks.append(torch.cuda.max_memory_allocated())
-    assert peaks[2] < 1.1 * peaks[1]
-    plan = xm.plan(model, source, compile=False)
-    base = torch.cuda.memory_allocated()
-    assert plan.memory == pytest.approx(peaks[2] - base, rel=0.15)
-
-
 def test_host_memory_is_measured():
     reset_peak_rss()
     base = current_rss()

@@ -1,7 +1,10 @@
 """The tools that prove kernels, each shown to see the fault that it is for."""
 
+import ast
+import importlib
 import importlib.util
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -18,7 +21,9 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402  (after the skip)
 
+from xt_kernels import _aot  # noqa: E402
 from xt_kernels.testing import (  # noqa: E402
+    GpuCase,
     KernelFault,
     assert_no_worse,
     check_mutants,
@@ -668,6 +673,28 @@ def test_every_program_runs_once_and_grids_have_limits(honest: None) -> None:
         _grid_kernel[(1, 65536)](out)
 
 
+@interpreted
+def test_chosen_programs_of_a_grid_too_large_to_walk() -> None:
+    out = sparse((2**30,), None, torch.int32)
+    seen = []
+
+    def programs(kernel: str, grid: tuple[int, ...]) -> list[int]:
+        seen.append((kernel, grid))
+        return [grid[0] - 1, 5]
+
+    with honest_interpreter(programs=programs):
+        _number_kernel[(2**30,)](out)
+        with pytest.raises(KernelFault, match=r"out of bounds.*program \(1073741823, 0, 0\)"):
+            _number_kernel[(2**30,)](out[:100])
+    assert seen == [("_number_kernel", (2**30, 1, 1))] * 2
+    assert out[[0, 4, 5, 2**30 - 2, 2**30 - 1]].tolist() == [0, 0, 5, 0, 2**30 - 1]
+
+
+@triton.jit
+def _number_kernel(out_ptr):
+    tl.store(out_ptr + tl.program_id(0), tl.program_id(0))
+
+
 @triton.jit
 def _integer_kernel(out_ptr, a, b, WHAT: tl.constexpr):
     if WHAT == "multiplication":
@@ -678,6 +705,14 @@ def _integer_kernel(out_ptr, a, b, WHAT: tl.constexpr):
         c = -a - b
     elif WHAT == "cast":
         c = (a.to(tl.int64) * b).to(tl.int32)
+    elif WHAT == "left shift":
+        c = a << 2
+    elif WHAT == "cumsum":
+        c = tl.max(tl.cumsum(tl.zeros([4], tl.int32) + a, 0), 0)
+    elif WHAT == "cumprod":
+        c = tl.max(tl.cumprod(tl.zeros([4], tl.int32) + a, 0), 0)
+    elif WHAT == "sum":
+        c = tl.sum(tl.zeros([4], tl.int32) + a, 0)
     elif WHAT == "hash":
         c = (a.to(tl.uint32) * 2654435769).to(tl.int32, bitcast=True)
     else:
@@ -687,7 +722,13 @@ def _integer_kernel(out_ptr, a, b, WHAT: tl.constexpr):
 
 @interpreted
 class TestInt32:
-    @pytest.mark.parametrize("what", ["multiplication", "addition", "subtraction", "cast"])
+    @pytest.mark.parametrize(
+        "what",
+        [
+            *("multiplication", "addition", "subtraction", "cast"),
+            *("left shift", "cumsum", "cumprod", "sum"),
+        ],
+    )
     def test_overflow_is_caught(self, what: str) -> None:
         out = torch.zeros(1, dtype=torch.int64)
         with honest_interpreter(), pytest.raises(KernelFault, match=f"int32 overflow: a {what}"):
@@ -701,6 +742,14 @@ class TestInt32:
         assert int(out) == (2**30 + 1) ** 2
         _integer_kernel[(1,)](out, 12345, 0, "hash")
         assert int(out) % 2**32 == 12345 * 2654435769 % 2**32
+
+    @pytest.mark.parametrize(
+        ("what", "result"), [("left shift", 28), ("cumsum", 28), ("cumprod", 2401), ("sum", 28)]
+    )
+    def test_what_fits_passes(self, what: str, result: int, honest: None) -> None:
+        out = torch.zeros(1, dtype=torch.int64)
+        _integer_kernel[(1,)](out, 7, 0, what)
+        assert int(out) == result
 
     def test_values_between_31_and_32_bits_stay_whole(self, honest: None) -> None:
         out = torch.zeros(1, dtype=torch.int64)
@@ -870,9 +919,66 @@ class TestMutants:
         with pytest.raises(AssertionError, match="no cast to int64 found"):
             check_mutants(owner, "kernel", lambda: None)
 
+    def test_every_shipped_kernel_has_them(self) -> None:
+        tried = set()
+        for file in Path(__file__).parent.glob("test_*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                parts = list(ast.walk(node)) if isinstance(node, ast.FunctionDef) else []
+                if any(isinstance(n, ast.Name) and n.id == "check_mutants" for n in parts):
+                    tried |= {n.value for n in parts if isinstance(n, ast.Constant)}
+        shipped = set()
+        for name in _aot.kernel_modules():
+            shipped |= _aot._kernels_of(importlib.import_module(name))
+        assert len(shipped) > 15 and shipped <= tried, shipped - tried
+
 
 # The GPU run, dry
 
+
+def test_what_nobody_wrote_is_seen_outside_what_is_compared() -> None:
+    truth = torch.ones(4, dtype=torch.float64)
+    pairs = [(truth.float(), truth)]
+    first = lambda outputs: [outputs[0][:4]]  # noqa: E731
+    case = GpuCase("case", lambda config: [torch.ones(8)], [], lambda: pairs, first)
+    case.check(case.run(None))
+    with pytest.raises(AssertionError, match="case, output 0: 1 values are NaN"):
+        case.check([torch.tensor([1.0] * 7 + [float("nan")])])
+    with pytest.raises(AssertionError, match="case, output 0: max error"):
+        case.check([torch.tensor([1.0, 2.0] * 4)])
+
+
+def test_gpu_tests_need_no_more_than_a_gpu_machine_has() -> None:
+    """That is torch, Triton, timm, pytest, matplotlib, tifffile, click, tqdm and safetensors."""
+    root = Path(__file__).parents[1]
+    script = f"""
+import sys
+sys.modules.update(dict.fromkeys({OTHERS}))
+import pytest
+from pathlib import Path
+sys.path.insert(0, {str(root / "scripts")!r})
+import gpu_run
+steps = gpu_run.plan(Path("tests"), Path("bench"), ["tests", "configs"])
+files = sorted({{str(file) for _, file in steps}})
+assert len(files) > 5
+sys.exit(pytest.main([*{OPTIONS}, *files]))
+"""
+    # Plugins of what is missing, zarr's for one, would be missing too.
+    variables = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(
+        command, cwd=root, env=variables, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = ["regions", "xl_attention", "hyper_attention", "selective_scan"]
+    for name in [*names, *(["streaming_gpu"] if importlib.util.find_spec("timm") else [])]:
+        assert f"test_{name}.py::" in done.stdout
+
+
+OPTIONS = ["-q", "-p", "no:cacheprovider", "-o", "addopts=", "--collect-only", "-m", "gpu"]
+OTHERS = [
+    *("zarr", "numcodecs", "imagecodecs", "rasterio", "openslide", "sklearn", "scipy"),
+    *("segmentation_models_pytorch", "transformers", "pycocotools", "accelerate"),
+]
 
 GPU_CASES = textwrap.dedent(
     """
@@ -964,7 +1070,7 @@ class TestGpuRun:
         }, text
         assert "the process died (139)" in items["test_toy:crashes:64"]["message"]
         assert "max error" in items["test_toy:wrong:64"]["message"]
-        assert "10 of 100 values are not finite" in items["test_toy:unwritten:64"]["message"]
+        assert "output 0: 10 values are NaN" in items["test_toy:unwritten:64"]["message"]
         assert "bytes differ" in items["test_toy:varies"]["message"]
         assert outcomes["test_toy:good:shipped"] == outcomes["test_toy:good"] == "passed"
         assert outcomes["test_toy.py::test_needs_a_gpu"] == "skipped"

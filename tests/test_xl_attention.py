@@ -718,6 +718,29 @@ def gpu_cases(device: str, full: bool) -> Iterator[GpuCase]:
                 name = f"d{shape[6]}-{str(dtype)[6:]}{'-causal' if is_causal else ''}"
                 yield GpuCase(name, run, configs, expected)
 
+    # More than 2**31 elements in every tensor but lse; the last heads are judged.
+    shape = (4100 if full else 2, 64 if full else 3, 128 if full else 20, 64)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def drawn():
+        return torch.randn(shape, dtype=torch.bfloat16, device=device, generator=generator)
+
+    low, grads = [drawn() for _ in range(3)], [drawn(), None]
+    low += [low[1][:, :, :0], low[1][:, :, :0]]
+
+    def run(config, low=low, grads=grads):
+        return by_kernel(low, grads, configs=config or (None, None, None))
+
+    def few(tensors):
+        return [None if t is None else t[-1:, -2:] for t in tensors]
+
+    def expected(low=low, grads=grads):
+        low, grads = few(low), few(grads)
+        wide, wide_grads = ([None if t is None else t.double() for t in x] for x in (low, grads))
+        return references(low, wide, grads, wide_grads)
+
+    yield GpuCase("past-2-31", run, [], expected, few, repeats=10)
+
 
 def test_gpu_cases_agree_with_their_references(honest, device):
     if device == "cuda":

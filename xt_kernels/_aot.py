@@ -440,13 +440,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--lock-dir", type=Path, default=LOCK_DIR)
     options = parser.parse_args(arguments)
+    if options.update_lock and options.modules:
+        parser.error("--update-lock writes all modules; name none")
     measured = measure(options.modules or kernel_modules(), jobs=options.jobs)
     print("\n".join(_table(measured)))
     faults = [fault for m in measured for fault in m.faults()]
     path = lock_path(triton.__version__, options.lock_dir)
     if options.update_lock and not faults:
-        if options.modules:
-            parser.error("--update-lock writes all modules; name none")
         write_lock(path, measured)
         print(f"wrote {path}")
     elif path.exists() and not options.modules:

@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -139,7 +139,8 @@ class _Launch:
 
     def __init__(self, kernel: str, grid: tuple[int, ...] = (1, 1, 1)) -> None:
         self.kernel = kernel
-        self.grid = grid
+        self.grid = grid  # of the launch; `loop` is what the interpreter walks
+        self.loop = grid
         self.views: list[_View] = []
         self.names: dict[int, str] = {}
         self.order: _Array | None = None
@@ -171,7 +172,7 @@ class _Launch:
 
     def begin(self, x: int, y: int, z: int) -> tuple[int, int, int]:
         self.end_program()
-        program = (x * self.grid[1] + y) * self.grid[2] + z
+        program = (x * self.loop[1] + y) * self.loop[2] + z
         if self.order is not None:
             program = int(self.order[program])
         self.program = program
@@ -284,6 +285,10 @@ def _tf32(value: _Array) -> _Array:
     return np.where(np.isfinite(value), rounded.view(np.float32), value).reshape(value.shape)
 
 
+# (a kernel's name, its grid) -> numbers of the programs to run, x slowest.
+Programs = Callable[[str, tuple[int, ...]], Sequence[int]]
+
+
 @dataclass(frozen=True)
 class _Checks:
     """What to check; see `honest_interpreter`."""
@@ -294,6 +299,7 @@ class _Checks:
     check_int32: bool
     poison: bool
     allow_float_atomics: bool
+    programs: Programs | None
 
 
 class _Session:
@@ -347,6 +353,10 @@ class _Launching:
         def call(executor: Any, *args: Any, **kwargs: Any) -> Any:
             s = self.s
             s.launches.append(_Launch(executor.fn.__name__))
+            if s.checks.programs is not None:
+                s.launch.grid = (*executor.grid, 1, 1)[:3]
+                s.launch.order = np.array(s.checks.programs(s.launch.kernel, s.launch.grid))
+                executor.grid = (len(s.launch.order),)
             try:
                 with np.errstate(all="ignore"):
                     result = original(executor, *args, **kwargs)
@@ -390,14 +400,18 @@ class _Launching:
         return implicit_cvt
 
     def set_grid_dim(self, original: Any) -> Any:
-        def set_grid_dim(*grid: int) -> None:
+        def set_grid_dim(*loop: int) -> None:
             s = self.s
+            s.launch.loop = loop
+            chosen = s.launch.order
+            grid = s.launch.grid if chosen is not None else loop
             if grid[0] >= 2**31 or max(grid[1:]) > 65535:
                 raise s.launch.fault(f"grid {grid} exceeds CUDA's (2**31 - 1, 65535, 65535)")
             s.launch.grid = grid
             if s.checks.shuffle_seed is not None:
                 random = np.random.default_rng((s.checks.shuffle_seed, s.launch_count))
-                s.launch.order = random.permutation(int(np.prod(grid, dtype=np.int64)))
+                count = int(np.prod(grid, dtype=np.int64))
+                s.launch.order = random.permutation(count if chosen is None else chosen)
                 s.launch_count += 1
             original(*grid)
 
@@ -540,6 +554,7 @@ class _Arithmetic:
         np.add: "addition",
         np.subtract: "subtraction",
         np.multiply: "multiplication",
+        np.left_shift: "left shift",
     }
 
     def __init__(self, session: _Session) -> None:
@@ -677,6 +692,12 @@ class _Blocks:
         )
         for operation in (interp.ScanOps, interp.ReduceOps):
             session.replace(operation, "apply_impl", self.apply_impl)
+        for operation, name, function in (
+            (interp.ScanOps, "cumsum", np.cumsum),
+            (interp.ScanOps, "cumprod", np.cumprod),
+            (interp.ReduceOps, "sum", np.sum),
+        ):
+            session.replace(operation, name, self.narrow(function))
 
     def patch_lang_tensor(self, original: Any) -> Any:
         home = _package_folder("triton")
@@ -700,6 +721,28 @@ class _Blocks:
             scope.set_attr(tensor, "__index__", lambda scalar: int(scalar.handle.data.item()))
 
         return patch_lang_tensor
+
+    def narrow(self, function: Any) -> Callable[[Any], Any]:
+        """NumPy sums small integers in 64 bits, and the result would stay so."""
+
+        def make(original: Any) -> Any:
+            def total(op: Any, block: Any) -> Any:
+                kind = block.dtype.scalar
+                if not kind.is_int() or not 8 <= kind.int_bitwidth <= 32:
+                    return original(op, block)
+                options = {"keepdims": op.keep_dims} if function is np.sum else {}
+                exact = function(block.handle.data.astype(np.int64), axis=op.axis, **options)
+                narrow = exact.astype(self.s.interp._get_np_dtype(kind))
+                if self.arithmetic.check and kind.is_int_signed():
+                    self.arithmetic.refuse_change(
+                        kind, np.asarray(narrow), np.asarray(exact), function.__name__
+                    )
+                result = op.to_tensor(narrow, block.dtype)
+                return result if function is np.sum else [result]
+
+            return total
+
+        return make
 
     def combine(
         self, op: Any, dtypes: list[Any], left: list[_Array], right: list[_Array]
@@ -784,6 +827,7 @@ def honest_interpreter(
     check_int32: bool = True,
     poison: bool = True,
     allow_float_atomics: bool = False,
+    programs: Programs | None = None,
 ) -> Iterator[None]:
     """Make Triton's interpreter refuse what a GPU would punish, and round as a GPU does.
 
@@ -803,11 +847,17 @@ def honest_interpreter(
         are: a program that reads back its own store without `tl.debug_barrier()`, one store that
         puts two values in one place, and float atomics of several programs on one element (their
         order varies). Elements that two arguments share count as one if both have the same dtype.
-      check_int32: int32 (and smaller signed) add, subtract, multiply and narrowing that change the
-        value are faults. Unsigned arithmetic may wrap.
+        Not seen inside one program: two stores to one element, a store after a load of it, a load
+        after an atomic.
+      check_int32: int32 (and smaller signed) add, subtract, multiply, left shift, sum, scan and
+        narrowing that change the value are faults. Unsigned arithmetic may wrap, and narrowing to
+        an unsigned type may cut.
       poison: masked lanes of a load without `other` hold NaN, or 0x2AAA... for integers, instead of
         0.
       allow_float_atomics: see `check_races`.
+      programs: takes a kernel's name and its grid (a tuple, not a function) and returns the numbers
+        of the programs to run, x slowest; None runs all. The last few of a grid too large to walk
+        show what offsets its program ids make.
 
     Raises:
       KernelFault: from the launch, naming kernel, argument, program and source line.
@@ -818,7 +868,15 @@ def honest_interpreter(
     if not triton.knobs.runtime.interpret:
         raise RuntimeError("honest_interpreter: set TRITON_INTERPRET=1 before Triton is imported.")
     session = _Session(
-        _Checks(shuffle_seed, check_bounds, check_races, check_int32, poison, allow_float_atomics)
+        _Checks(
+            shuffle_seed,
+            check_bounds,
+            check_races,
+            check_int32,
+            poison,
+            allow_float_atomics,
+            programs,
+        )
     )
     try:
         _Launching(session)

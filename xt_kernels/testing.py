@@ -505,7 +505,8 @@ class GpuCase:
       expected: the (plain, truth) pair for each output, as `assert_no_worse` takes them. For
         outputs of many GB it may return a pair of slices, with `select` taking the same slices of
         the outputs.
-      select: what of the outputs is compared with `expected`.
+      select: what of the outputs is compared with `expected`; of the rest it is known that it was
+        written, and that it repeats.
       repeats: how often the shipped config runs again and must give the same bits.
     """
 
@@ -521,10 +522,15 @@ class GpuCase:
         outputs: Sequence[torch.Tensor],
         expected: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> None:
-        """Assert that what `run` returned is as `expected` (made now if not given) by the bound.
+        """Assert that what `run` returned is as `expected` (made now if not given) by the bound,
+        and that no output holds NaN, which is what nobody wrote.
 
         Raises AssertionError as `assert_no_worse` does, naming the case and the output's number.
         """
+        for place, output in enumerate(outputs):
+            if output.isnan().any():
+                count = int(output.isnan().sum())
+                raise AssertionError(f"{self.name}, output {place}: {count} values are NaN.")
         pairs = zip(self.select(outputs), expected or self.expected(), strict=True)
         for place, (ours, (plain, truth)) in enumerate(pairs):
             assert_no_worse(ours, plain, truth, f"{self.name}, output {place}")

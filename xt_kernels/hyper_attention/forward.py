@@ -543,6 +543,7 @@ def aot_table(form: str, kernel, table: dict, parts: tuple[str, ...]) -> Iterato
         for config in found[1:]:
             yield aot_case(form, kernel, "fast", "bf16", most, config, parts[0])
     yield aot_case(form, kernel, "fast", "fp16", 80, table["fast"][128][0], parts[0])
+    yield aot_case(form, kernel, "ampere", "fp16", 80, table["ampere"][128][0], parts[0])
     for kind in ("ampere", "any", "wide", "tf32"):
         for number, (most, (config, *_)) in enumerate(table[kind].items()):
             # The parts in turn.

@@ -612,26 +612,34 @@ def aot_cases() -> Iterator[AotCase]:
                 signature[argument] = "i32"
         return AotCase(name, kernel, signature, constants, warps, 3, maxnreg=MAX_REGISTERS)
 
-    for dtype in ("bf16", "fp32"):
-        for head_dim in (64, 256):
-            of = torch.bfloat16 if dtype == "bf16" else torch.float32
-            has_dots = dtype == "bf16"
+    both = ("aligned", "unaligned")
+    for dtype, head_dims, variants in (
+        ("bf16", (64, 256), both),
+        ("fp32", (64, 256), both),
+        ("fp16", (64,), both[:1]),
+    ):
+        for head_dim in head_dims:
+            of = torch.float32 if dtype == "fp32" else torch.bfloat16
+            kept = {"variants": variants}
+            gathers = {"has_dots": dtype != "fp32", "pipelined": True, **kept}
             name = f"{dtype}-d{head_dim}"
             common = {"HAS_MEMORY": True, "HEAD_DIM": head_dim, "BLOCK_D": head_dim}
             samples = {"SAMPLED": SAMPLED_TOKENS, **common, "ROWS": 2048 // head_dim}
-            yield case(f"planes-{name}", _hyper_planes_kernel, dtype, samples, 8)
-            seeds = {"BUCKETS": 128, **samples}
-            yield case(f"seeds-{name}", _hyper_seeds_kernel, dtype, seeds, hash_warps(head_dim))
-            samples = seeds | {"ROWS": cluster_rows(of, head_dim)}
+            planes = case(f"planes-{name}", _hyper_planes_kernel, dtype, samples, 8)
+            yield replace(planes, **kept)
+            samples, warps = {"BUCKETS": 128, **samples}, hash_warps(head_dim)
+            seeds = case(f"seeds-{name}", _hyper_seeds_kernel, dtype, samples, warps)
+            yield replace(seeds, **kept)
+            samples = samples | {"ROWS": cluster_rows(of, head_dim)}
             centres = case(f"centres-{name}", _hyper_centres_kernel, dtype, samples, 8)
-            yield replace(centres, has_dots=has_dots)
+            yield replace(centres, **gathers)
             for kind, rows, warps in (
                 ("hash", rows_at_a_time(of, head_dim), hash_warps(head_dim)),
                 ("nearest", cluster_rows(of, head_dim), 8),
             ):
                 sizes = {"BUCKETS": 128, "CLUSTERED": kind == "nearest", "ROWS": rows}
                 found = case(f"{kind}-{name}", _hyper_hash_kernel, dtype, sizes | common, warps)
-                yield replace(found, has_dots=has_dots)
+                yield replace(found, **gathers)
     yield case("scan", _hyper_scan_kernel, "", {"BUCKETS": 128, "ROWS": 32}, 4)
     yield case(
         "order", _hyper_order_kernel, "", {"BUCKETS": 128, "BLOCK": QUERY_BLOCK, "PART": 32}, 8

@@ -5,12 +5,15 @@ features back as one token sequence. Each is the other's adjoint (without normal
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from .. import _checks as checks
 from . import ops
+from .direct import is_plain
 from .grid import Order, RegionGrid
 from .reference import normalisation
 
@@ -43,9 +46,11 @@ def extract_regions(
     scale: default 1 / 255 for uint8, 1 / 65535 for uint16, 1 for floats.
     dtype: of the result, fp16, bf16, fp32 or fp64; default fp32. The arithmetic is
         `pixel * gain + bias` in fp32 (fp64 for an fp64 image) with gain = scale / std and
-        bias = -mean / std.
-    memory_format: `torch.channels_last` stores each region as `[s, s, C]`; the shape is the same.
-    out: buffer to fill, of the result's shape, any floating dtype and strides.
+        bias = -mean / std; autocast changes neither.
+    memory_format: of a new result: `torch.channels_last` stores each region as `[s, s, C]`; the
+        shape is the same.
+    out: buffer to fill, of the result's shape, any floating dtype and strides, in memory of its
+        own.
 
     Returns `[R, C, s, s]` or `[B, R, C, s, s]` on the device of image: `out` if given, else new.
     Float images get the exact gradient, zero for pixels that no region holds, unless `out` is
@@ -56,6 +61,7 @@ def extract_regions(
     op = "extract_regions"
     _check_grid(op, grid)
     layout = "h, w, C" if channels_last else "C, h, w"
+    _check_tensor(op, "image", image)
     checks.check_dim(op, "image", image, {3: f"[{layout}]", 4: f"[B, {layout}]"})
     checks.check_dtype(op, "image", image.dtype, _PIXELS)
     checks.check_supported_device(op, "image", image)
@@ -64,26 +70,35 @@ def extract_regions(
     if memory_format not in (torch.contiguous_format, torch.channels_last):
         rule = "be torch.contiguous_format or torch.channels_last"
         checks.fail(op, "memory_format", rule, str(memory_format))
+    if out is not None and memory_format != torch.contiguous_format:
+        checks.fail(op, "memory_format", "be left out where out is given", str(memory_format))
     batched = image.dim() == 4
     window = image if batched else image[None]
     window = window.movedim(-1, 1) if channels_last else window
     channels = window.shape[1]
-    for name, values in (("mean", mean), ("std", std)):
-        if values is not None and len(values) != channels:
-            rule = f"hold one number for each channel of image = {channels}"
-            checks.fail(op, name, rule, len(values))
-    numbers = {"mean": mean or (), "std": std or (), "scale": () if scale is None else (scale,)}
-    for name, values in numbers.items():
-        if not all(math.isfinite(v) for v in values):
-            checks.fail(op, name, "be finite", list(values))
-    if std is not None and not all(float(s) for s in std):
-        checks.fail(op, "std", "be nonzero", list(std))
+    means, stds = (
+        None if values is None else _numbers(op, name, values, channels)
+        for name, values in (("mean", mean), ("std", std))
+    )
+    if stds is not None and not all(stds):
+        checks.fail(op, "std", "be nonzero", stds)
+    if scale is not None and not _is_finite(scale):
+        checks.fail(op, "scale", "be a finite number", repr(scale))
+    gain, bias = normalisation(image.dtype, channels, means, stds, scale)
+    inner = torch.promote_types(image.dtype, torch.float32)
+    largest = torch.finfo(inner).max
+    for name, values in (("scale / std", gain), ("mean / std", bias)):
+        if any(abs(value) > largest for value in values):
+            checks.fail(op, name, f"fit in {checks.dtype_name(inner)}", values)
+    place = _integers(op, "origin", "be two integers, (row, column)", origin)
+    if len(place) != 2:
+        checks.fail(op, "origin", "be two integers, (row, column)", repr(origin))
+    top, left = place
     ids = _region_list(op, "regions", regions, grid.num_regions, "the grid")
-    _check_window(grid, ids, origin, window.shape[2], window.shape[3])
+    _check_window(grid, ids, top, left, window.shape[2], window.shape[3])
     if torch.is_grad_enabled() and image.requires_grad:
         _check_distinct(op, "regions", ids, " where image needs a gradient")
-    gain, bias = normalisation(image.dtype, channels, mean, std, scale)
-    geometry = (grid.height, grid.width, grid.region, int(origin[0]), int(origin[1]))
+    geometry = (grid.height, grid.width, grid.region, top, left)
     if out is None:
         new: torch.Tensor = ops.extract_forward(
             window,
@@ -125,9 +140,9 @@ def stitch_regions(
     order: "row" (row-major over the image) or "tile" (region after region, in the order of chunk).
     position: add the position code of `reference.sincos_position`, computed here and added in fp32
         (off by at most 1e-6 for indices below 2**31); C must be a multiple of 4.
-    dtype: of a new buffer; default is that of features.
-    out: `[L, C]` or `[B, L, C]` buffer to write into, any floating dtype and strides, for regions
-        that arrive in several calls; other tokens in it are left as they are.
+    dtype: of a new buffer; default is that of features, under autocast too.
+    out: `[L, C]` or `[B, L, C]` buffer to write into, any floating dtype and strides, in memory of
+        its own, for regions that arrive in several calls; other tokens in it are left as they are.
 
     Tokens of pure padding are dropped; L counts the others in `chunk`. Without `out`, places of
     regions that are in chunk but not in regions are zero.
@@ -138,6 +153,7 @@ def stitch_regions(
     op = "stitch_regions"
     _check_grid(op, grid)
     layout = "t, t, C" if channels_last else "C, t, t"
+    _check_tensor(op, "features", features)
     checks.check_dim(op, "features", features, {4: f"[R, {layout}]", 5: f"[B, R, {layout}]"})
     checks.check_dtype(op, "features", features.dtype)
     checks.check_supported_device(op, "features", features)
@@ -199,16 +215,77 @@ def _check_out(
     source_name: str = "image",
 ) -> None:
     """`out` can take the result of `source`."""
+    _check_tensor(op, "out", out)
     checks.check_shape(op, "out", out, layout, sizes)
     checks.check_dtype(op, "out", out.dtype)
     if dtype is not None and out.dtype != dtype:
         rule = f"be of dtype = {checks.dtype_name(dtype)}"
         checks.fail(op, "out", rule, checks.dtype_name(out.dtype))
     checks.check_device(op, "out", out, source_name, source)
-    if any(n > 1 and step == 0 for n, step in zip(out.shape, out.stride(), strict=True)):
-        checks.fail(op, "out", "have memory of its own for each element", f"strides {out.stride()}")
+    reach = 0  # of the axes with smaller strides
+    axes = [] if out.is_contiguous() else zip(out.stride(), out.shape, strict=True)
+    for step, size in sorted(axes):
+        if step <= reach and size > 1:
+            rule = "have memory of its own for each element"
+            checks.fail(op, "out", rule, f"strides {out.stride()}")
+        reach += (size - 1) * step
+    if is_plain(out) and is_plain(source) and _meet(out, source):
+        checks.fail(op, "out", f"lie apart from {source_name} in memory", "a view of the same")
     if torch.is_grad_enabled() and (source.requires_grad or out.requires_grad):
         checks.fail(op, "out", "be None where a gradient is needed", "a buffer")
+
+
+def _meet(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether the stretches of memory that two tensors lie in have a byte in common."""
+    first, second = one.data_ptr(), other.data_ptr()
+    if first > second:
+        return _meet(other, one)
+    last = sum((n - 1) * step for n, step in zip(one.shape, one.stride(), strict=True))
+    end = first + (last + 1) * one.itemsize
+    return second < end and one.numel() > 0 and other.numel() > 0
+
+
+def _check_tensor(op: str, name: str, value: Any) -> None:
+    """`value` is a tensor with strides."""
+    if not isinstance(value, torch.Tensor):
+        checks.fail(op, name, "be a torch.Tensor", type(value).__name__)
+    if value.layout != torch.strided:
+        checks.fail(op, name, "be a strided tensor", str(value.layout))
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except (TypeError, ValueError):
+        return False
+
+
+def _numbers(op: str, name: str, values: Any, channels: int) -> list[float]:
+    """One number for each channel, from a sequence, an array or a tensor."""
+    rule = f"hold one number for each channel of image = {channels}"
+    try:
+        found = [float(value) for value in values]
+    except (TypeError, ValueError):
+        checks.fail(op, name, rule, repr(values))
+    if len(found) != channels:
+        checks.fail(op, name, rule, len(found))
+    if not all(math.isfinite(value) for value in found):
+        checks.fail(op, name, "be finite", found)
+    return found
+
+
+def _integers(op: str, name: str, rule: str, values: Any) -> list[int]:
+    """Integers from a sequence, an array or a tensor of them, and from nothing else."""
+    try:
+        found = values.tolist() if hasattr(values, "tolist") else list(values)
+        if not {type(value) for value in found} <= {int}:
+            if any(isinstance(value, bool) for value in found):
+                raise TypeError
+            found = [operator.index(value) for value in found]
+    except TypeError:
+        checks.fail(op, name, rule, repr(values))
+    integers: list[int] = found
+    return integers
 
 
 def _check_grid(op: str, grid: RegionGrid) -> None:
@@ -222,7 +299,7 @@ def _region_list(
     """Region numbers as a list; None stays None, which means all."""
     if regions is None:
         return None
-    ids = [int(i) for i in regions]
+    ids = _integers(op, name, "hold integers, the numbers of regions", regions)
     if ids and not (min(ids) >= 0 and max(ids) < count):
         bad = next(i for i in ids if not 0 <= i < count)
         checks.fail(op, name, f"hold region numbers of {where}, in [0, {count})", bad)
@@ -236,16 +313,16 @@ def _check_distinct(op: str, name: str, ids: list[int] | None, where: str = "") 
 
 
 def _check_window(
-    grid: RegionGrid, ids: list[int] | None, origin: tuple[int, int], height: int, width: int
+    grid: RegionGrid, ids: list[int] | None, top: int, left: int, height: int, width: int
 ) -> None:
     """The window holds all real pixels of the regions."""
-    bottom, right = origin[0] + height, origin[1] + width
+    bottom, right = top + height, left + width
 
     def inside(first_row: int, last_row: int, first_col: int, last_col: int) -> bool:
         side = grid.region
         return (
-            first_row * side >= origin[0]
-            and first_col * side >= origin[1]
+            first_row * side >= top
+            and first_col * side >= left
             and min((last_row + 1) * side, grid.height) <= bottom
             and min((last_col + 1) * side, grid.width) <= right
         )
@@ -268,7 +345,7 @@ def _check_window(
             rule = (
                 f"hold all pixels of region {region} = rows {y} to {y + h}, columns {x} to {x + w}"
             )
-            got = f"a window of rows {origin[0]} to {bottom}, columns {origin[1]} to {right}"
+            got = f"a window of rows {top} to {bottom}, columns {left} to {right}"
             checks.fail("extract_regions", "image", rule, got)
 
 

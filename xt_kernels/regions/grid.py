@@ -8,6 +8,7 @@ least one real pixel; the others are pure padding and have no place in any seque
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +24,7 @@ Order = Literal["row", "tile"]
 class RegionGrid:
     """Regions of side `region` over an image of `height` x `width` pixels.
 
-    Raises ValueError if any of the three is smaller than one.
+    Raises ValueError if any of the three is no integer of at least one.
     """
 
     height: int
@@ -33,8 +34,15 @@ class RegionGrid:
     def __post_init__(self) -> None:
         for name in ("height", "width", "region"):
             value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"RegionGrid: {name} must be at least 1 pixel, got {value}.")
+            try:
+                whole = operator.index(value)
+            except TypeError:
+                message = f"RegionGrid: {name} must be an integer, got {value!r}."
+                raise ValueError(message) from None
+            if whole < 1:
+                raise ValueError(f"RegionGrid: {name} must be at least 1 pixel, got {whole}.")
+            # NumPy's integers wrap; Python's do not.
+            object.__setattr__(self, name, whole)
 
     @property
     def rows(self) -> int:

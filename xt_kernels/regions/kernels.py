@@ -696,10 +696,13 @@ def aot_cases() -> Iterator[AotCase]:
         unit: int = 1,
         interleave: int = 1,
         backward: bool = False,
+        channels: int = 3,
+        variants: tuple[str, ...] = ("aligned", "unaligned"),
     ) -> AotCase:
         ends = ("grad_image", "grad") if backward else ("image", "out")
         tile = _strip_tile(config, torch.uint8 if pixel == "u8" else torch.float32)
-        tile["BLOCK_C"] = 3 if interleave == 1 else 1
+        tile["BLOCK_C"] = channels if interleave == 1 else 1
+        inner = "fp64" if pixel == "fp64" else "fp32"
         return AotCase(
             name=f"{name}-{'x'.join(map(str, tile.values()))}",
             kernel=_extract_regions_bwd_kernel if backward else _extract_regions_fwd_kernel,
@@ -710,8 +713,8 @@ def aot_cases() -> Iterator[AotCase]:
                 f"{ends[1]}_strides": regions,
                 "boxes_ptr": "*i64",
                 "boxes_stride": "i32",
-                "gain_ptr": "*fp32",
-                **({} if backward else {"bias_ptr": "*fp32"}),
+                "gain_ptr": f"*{inner}",
+                **({} if backward else {"bias_ptr": f"*{inner}"}),
                 "num_regions": "i32",
                 "channels": "i32",
             },
@@ -720,10 +723,11 @@ def aot_cases() -> Iterator[AotCase]:
                 "SIDE": 256,
                 "UNIT": unit,
                 "INTERLEAVE": interleave,
-                "ACC": tl.float32,
+                "ACC": getattr(tl, inner.replace("fp", "float")),
             },
             num_warps=config.num_warps,
             num_stages=1,
+            variants=variants,
         )
 
     for config in EXTRACT_PLANES_CONFIGS:
@@ -736,15 +740,34 @@ def aot_cases() -> Iterator[AotCase]:
     yield extract("extract-planes-fp32-fp32", plane, "fp32", "fp32", planes, 8)
     yield extract("extract-bwd-planes-fp32", plane, "fp32", "fp32", planes, 8, backward=True)
     yield extract("extract-bwd-pixels-bf16", pixel, "bf16", "bf16", pixels, backward=True)
+    # A width that is no multiple of 8 gives strides in elements.
+    yield extract("extract-planes-odd-u8-bf16", plane, "u8", "bf16", planes)
+    aligned = ("aligned",)
+    for config in EXTRACT_PLANES_CONFIGS[1:]:
+        name = "extract-interleaved-u8-bf16"
+        yield extract(name, config, "u8", "bf16", planes, 8, 3, variants=aligned)
+    for end, channels in (("bf16", 4), ("fp16", 3), ("fp64", 3)):
+        name = f"extract-planes-{end}-{end}"
+        yield extract(name, plane, end, end, planes, 8, 1, False, channels, aligned)
+    name = "extract-bwd-interleaved-fp32"
+    yield extract(name, plane, "fp32", "fp32", planes, 8, 3, True, variants=aligned)
 
     rows = ("i64", "i32", "i32", "i32", 1)
     columns = ("i64", "i32", "i32", 1, "i32")
 
-    def stitch(name: str, config: Config, dtype: str, *, backward: bool = False) -> AotCase:
+    def stitch(
+        name: str,
+        config: Config,
+        dtype: str,
+        *,
+        backward: bool = False,
+        variants: tuple[str, ...] = ("aligned", "unaligned"),
+    ) -> AotCase:
         ends = ("grad", "grad_out") if backward else ("features", "out")
         by_planes, position = "planes" in name, "plain" not in name
         features_strides = "grad_strides" if backward else "feature_strides"
-        forward_only = {"HAS_POSITION": position, "ACC": tl.float32}
+        acc = tl.float64 if dtype == "fp64" else tl.float32
+        forward_only = {"HAS_POSITION": position, "ACC": acc}
         return AotCase(
             name=f"{name}-{dtype}-{'x'.join(map(str, config.tile.values()))}",
             kernel=_stitch_regions_bwd_kernel if backward else _stitch_regions_fwd_kernel,
@@ -768,6 +791,7 @@ def aot_cases() -> Iterator[AotCase]:
             num_warps=config.num_warps,
             num_stages=1,
             aligned_args=("channels",) if backward else ("half",),
+            variants=variants,
         )
 
     for config in STITCH_ROWS_CONFIGS:
@@ -775,6 +799,8 @@ def aot_cases() -> Iterator[AotCase]:
     for config in STITCH_PLANES_CONFIGS:
         yield stitch("stitch-planes", config, "bf16")
     yield stitch("stitch-rows", STITCH_ROWS_CONFIGS[0], "fp32")
+    for dtype in ("fp16", "fp64"):
+        yield stitch("stitch-rows", STITCH_ROWS_CONFIGS[0], dtype, variants=aligned)
     yield stitch("stitch-rows-plain", STITCH_ROWS_CONFIGS[0], "bf16")
     yield stitch("stitch-bwd-rows", STITCH_ROWS_CONFIGS[0], "bf16", backward=True)
     yield stitch("stitch-bwd-planes", STITCH_PLANES_CONFIGS[0], "bf16", backward=True)

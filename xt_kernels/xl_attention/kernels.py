@@ -643,6 +643,7 @@ def aot_cases() -> Iterator[AotCase]:
                 yield case(form, "fast", "bf16", most, config, True)
             yield case(form, "fast", "bf16", most, found[0], False)
         yield case(form, "fast", "fp16", 80, table["fast"][128][0], True)
+        yield case(form, "ampere", "fp16", 80, table["ampere"][128][0], True)
         for most, (config, *_) in table["ampere"].items():
             yield case(form, "ampere", "bf16", most, config, True)
         for most, (config, *_) in table["any"].items():
