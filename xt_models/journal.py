@@ -21,7 +21,8 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
@@ -65,9 +66,14 @@ class Run:
                 f"{part} holds {strange[0]} and no journal of a run: remove it, or name another "
                 f"output."
             )
-        self._clear()
-        self.journal.mkdir(exist_ok=True)
-        write_synced(known, json.dumps(identity, indent=1).encode())
+
+    def begin(self) -> None:
+        """Notes the identity, if no process did before."""
+        known = self.journal / "identity.json"
+        if self.record is None and not known.exists():
+            self._clear()
+            self.journal.mkdir(exist_ok=True)
+            write_synced(known, json.dumps(self._identity, indent=1).encode())
 
     @property
     def has_checkpoint(self) -> bool:
@@ -105,6 +111,13 @@ class Run:
         record = record | {"identity": self._identity, "files": kept}
         write_synced(self.part / RECORD, _record_bytes(record))
         return record
+
+    def discard(self) -> None:
+        """Removes all. The journal goes last: cut short, the same call knows whose the rest is."""
+        self._log.unlink(missing_ok=True)
+        self._files, self._count = {}, 0
+        self._clear()
+        shutil.rmtree(self.part)
 
     def _sync(self, files: Iterable[Path]) -> dict[str, list[Any]]:
         """Sizes and checksums of files, which are on disk then, their folders included."""
@@ -201,22 +214,49 @@ def open_run(out: str | Path, identity: dict[str, Any]) -> Iterator[Run]:
     identity: what the bytes depend on, JSON-able. A failure before the first checkpoint leaves
     nothing; after it `<out>.part` stays, for the same call to go on.
 
-    Raises as `part_of`; BlockingIOError if another process writes to it; ValueError if it was begun
-    with another identity, which the message tells, or is damaged.
+    Raises as `claimed`; ValueError if it was begun with another identity, which the message tells,
+    or is damaged.
     """
-    final, part = Path(out), part_of(out)
-    part.mkdir(exist_ok=True)
-    with locked(part):
+    final = Path(out)
+    with claimed(final) as part:
         run = Run(part, identity)
         try:
+            run.begin()
             yield run
-            shutil.rmtree(run.journal, ignore_errors=True)
+            if run.journal.exists():
+                shutil.rmtree(run.journal)
             os.rename(part, final)
             sync_folder(final.absolute().parent)
         except BaseException:
             if not run.has_checkpoint:
-                shutil.rmtree(part, ignore_errors=True)
+                with suppress(OSError):
+                    run.discard()
             raise
+
+
+_CLAIMED: ContextVar[Path | None] = ContextVar("claimed", default=None)
+
+
+@contextmanager
+def claimed(out: str | Path) -> Iterator[Path]:
+    """`<out>.part`, made where it is not there, held against other processes, and removed if it is
+    empty in the end. A claim inside a claim of the same folder is that claim.
+
+    Raises as `part_of`, and BlockingIOError if another process has it.
+    """
+    part = part_of(out)
+    if _CLAIMED.get() == part.absolute():
+        yield part
+        return
+    part.mkdir(exist_ok=True)
+    with locked(part):
+        token = _CLAIMED.set(part.absolute())
+        try:
+            yield part
+        finally:
+            _CLAIMED.reset(token)
+            with suppress(OSError):  # it is not empty, or has its name
+                part.rmdir()
 
 
 @contextmanager
@@ -360,7 +400,7 @@ def changes(was: Any, now: Any, place: str = "") -> Iterator[str]:
     if isinstance(was, dict) and isinstance(now, dict):
         for key in {**was, **now}:
             yield from changes(was.get(key), now.get(key), f"{place} {key}".strip())
-    elif was != now:
+    elif was != now and (was == was or now == now):  # NaN is NaN
         yield f"{place} was {was} and is {now}"
 
 
