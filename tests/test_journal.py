@@ -7,15 +7,19 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import zarr
 from test_streaming import page, scene, small
 
 import xt_models as xm
+from xt_kernels.regions import RegionGrid
 from xt_models.journal import locked, open_run, read_record, verify
+from xt_models.output import MapWriter, WriteBehind
 
 pytestmark = pytest.mark.filterwarnings("ignore::xt_models.registry.RandomWeightsWarning")
 
@@ -154,6 +158,117 @@ def test_a_full_disk_at_any_write_leaves_a_run_that_goes_on(tmp_path):
     xm.stream(model, source, tmp_path / "out", **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+
+
+class FullDisk:
+    """Lets the write numbered `fail_at` stop half way, and no other: any opening of a file below a
+    folder for writing, by whatever library. 0 lets all pass."""
+
+    def __init__(self):
+        self.folder, self.fail_at, self.count, self.failed = None, 0, 0, []
+        sys.addaudithook(self)  # for the life of the process
+
+    def __call__(self, event, args):
+        if event != "open" or self.folder is None or not isinstance(args[0], str | Path):
+            return
+        path, flags = str(args[0]), args[2]
+        if not path.startswith(self.folder) or not flags & (os.O_WRONLY | os.O_RDWR):
+            return
+        self.count += 1
+        if self.count == self.fail_at:
+            handle = os.open(path, flags | os.O_CREAT)
+            os.write(handle, b"half a file")
+            os.close(handle)
+            self.failed.append(path)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+
+@pytest.fixture(scope="module")
+def full_disk():
+    disk = FullDisk()
+    yield disk
+    disk.folder = None
+
+
+HEADS = {
+    "none": {},
+    "maps and boxes": {
+        "ships": {"kind": "fcos", "classes": 2},
+        "land": {"kind": "dense", "classes": 3},
+        "kind": {"kind": "classification", "classes": 2},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "heads, options",
+    [("none", {}), ("maps and boxes", {}), ("maps and boxes", {"map_format": "zarr"})],
+)
+def test_a_disk_that_is_full_at_one_write_leaves_a_run_that_goes_on(
+    heads, options, tmp_path, full_disk
+):
+    model = small(heads=HEADS[heads], num_classes=2, memory_chunks=2)
+    source = xm.open_image(scene(130, 260))
+    options = {"checkpoint_seconds": 0, "batch_size": 4} | options
+    xm.stream(model, source, tmp_path / "whole", **options)
+    expected = contents(tmp_path / "whole")
+    out, full_disk.failed = tmp_path / "out", []
+    resumed = 0
+    while not out.exists():
+        full_disk.folder, full_disk.count = str(tmp_path / "out"), 0
+        full_disk.fail_at = len(full_disk.failed) + 1
+        try:
+            xm.stream(model, source, out, **options)
+        except OSError as error:
+            assert error.errno == errno.ENOSPC, full_disk.failed[-1]
+            full_disk.fail_at = 0
+            assert not out.exists()
+            resumed += xm.stream(model, source, out, **options).stats.resumed
+            assert contents(out) == expected, full_disk.failed[-1]
+            assert verify(out) == []
+            assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+            shutil.rmtree(out)
+    assert contents(out) == expected
+    failed = [Path(name.removesuffix(".tmp")) for name in full_disk.failed]
+    names = {path.relative_to(f"{out}.part").parts[0] for path in failed}
+    assert names >= {path.name for path in out.iterdir()} | {"journal"}
+    assert resumed > 10
+
+
+def test_nothing_is_written_behind_a_write_that_failed():
+    done, gate = [], threading.Event()
+
+    def fail():
+        gate.wait(10)
+        raise OSError(errno.ENOSPC, "full")
+
+    with WriteBehind(torch.device("cpu")) as writer:
+        writer.submit(done.append, 1)
+        writer.submit(fail)
+        writer.submit(done.append, 2)  # queued before anybody knows
+        gate.set()
+        for _ in range(2):
+            with pytest.raises(OSError, match="full"):
+                writer.wait()
+            with pytest.raises(OSError, match="full"):
+                writer.submit(done.append, 3)
+    assert done == [1]
+
+
+def test_a_map_that_lacks_a_block_is_refused(tmp_path):
+    grid = RegionGrid(130, 600, 64)
+    writer = MapWriter(tmp_path / "map", grid, 32, 1, "float32", np.nan, {})
+    values = np.ones((2, 2, 1), np.float32)
+    for region in range(grid.num_regions - 1):
+        writer.put(region, values)
+    with pytest.raises(RuntimeError, match=r"map: 1 of 6 blocks were never written"):
+        writer.close()
+    writer.put(grid.num_regions - 1, values)
+    writer.close()
+    (tmp_path / "map" / "c" / "1" / "0" / "0").unlink()
+    with pytest.raises(RuntimeError, match=r"map: 1 of 6 blocks were never written"):
+        writer.close()
+    assert np.isnan(zarr.open_array(str(tmp_path / "map"), mode="r")[2:4, :16]).all()
 
 
 def stopped(tmp_path, model=None, pixels=None, **options):
