@@ -282,15 +282,16 @@ def verify(out: str | Path) -> list[str]:
     """What is wrong with a finished output folder, one sentence each; nothing if all is well.
 
     Every byte counts: of each file, and of `run.json` itself. Of the folder of many images, those
-    of each image that its manifest calls done.
+    of its manifest, and of each image that it calls done.
     """
     from .manifest import MANIFEST, Manifest
 
     folder = Path(out)
     if (folder / MANIFEST).is_file():
-        return [
+        manifest = Manifest(folder)
+        return manifest.damage + [
             f"{name}: {line}"
-            for name, entry in Manifest(folder).entries.items()
+            for name, entry in manifest.entries.items()
             if entry["status"] == "done"
             for line in _verify_image(folder / name, entry["sha256"])
         ]
@@ -375,7 +376,20 @@ def _image_facts(source: ImageSource) -> dict[str, Any]:
         "bands": source.bands,
         "dtype": str(source.dtype),
     }
-    path, digest = Path(source.name), hashlib.sha256()
+    path = Path(source.name)
+    if path.exists():
+        return facts | file_facts(path)
+    digest = hashlib.sha256()
+    for top in range(0, source.height, _ROWS):
+        rows = source.read(top, 0, min(_ROWS, source.height - top), source.width)
+        digest.update(rows.tobytes())
+    return facts | {"sha256": digest.hexdigest()}
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """What an image file, or a folder of chunks, is known by: see `identity_of`."""
+    facts: dict[str, Any] = {}
+    digest = hashlib.sha256()
     if path.is_file():
         status = path.stat()
         with path.open("rb") as file:
@@ -383,15 +397,11 @@ def _image_facts(source: ImageSource) -> dict[str, Any]:
             file.seek(max(status.st_size - _EDGE_BYTES, 0))
             digest.update(file.read())
         facts |= {"bytes": status.st_size, "modified_ns": status.st_mtime_ns}
-    elif path.is_dir():
+    else:
         for inner in sorted(path.rglob("*")):
             status = inner.stat()
             line = f"{inner.relative_to(path)} {status.st_size} {status.st_mtime_ns}\n"
             digest.update(line.encode() if inner.is_file() else b"")
-    else:
-        for top in range(0, source.height, _ROWS):
-            rows = source.read(top, 0, min(_ROWS, source.height - top), source.width)
-            digest.update(rows.tobytes())
     return facts | {"sha256": digest.hexdigest()}
 
 

@@ -312,15 +312,17 @@ def _optimise(path: Path, metadata: dict[str, Any], attributes: dict[str, Any]) 
 
 
 def _decode_all(path: Path, pages: int) -> None:
-    """Decodes every tile of a TIFF and its overviews, each of which ends in a checksum: GDAL does not
-    tell of every write that failed."""
+    """Decodes every tile of a TIFF and of its overviews, each of which ends in a checksum.
+
+    GDAL does not tell of every write that failed.
+    """
     import tifffile
 
     with tifffile.TiffFile(path) as file:
         if len(file.pages) != pages:
             raise ValueError(f"expected {pages} levels, found {len(file.pages)}")
         for page in file.pages:
-            for _ in page.segments():  # type: ignore[union-attr]
+            for _ in page.segments():
                 pass
 
 

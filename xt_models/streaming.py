@@ -245,14 +245,7 @@ class _Walk:
         self._spans = spans
         self._model, self._grid, self._steps, self._encoder = model, grid, steps, encoder
         self._on_regions, self._on_visits = on_regions, on_visits
-        width = model.num_features + (model.config.dim if model.output_proj is not None else 0)
-        tokens = (grid.region // model.stride) ** 2
-        pixels = source.bands * grid.region**2 * source.dtype.itemsize
-        floats = tokens * width
-        for i in model.stages:
-            side = grid.region // model.region_encoder.strides[i]
-            floats += side**2 * model.region_encoder.channels[i]
-        self._seen = Seen(pixels + floats * encoder.regions.element_size())
+        self._seen = Seen(region_bytes(model, source, encoder.regions.dtype))
         device = encoder.regions.device
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._queued: deque[torch.cuda.Event] = deque()
@@ -380,6 +373,15 @@ class _Walk:
             step, regions, tokens[0], summary, self._memory, left_out, chunk.stages, first,
             self._encoder.rows,
         )  # fmt: skip
+
+
+def region_bytes(model: XT, source: ImageSource, dtype: torch.dtype) -> int:
+    """Bytes of the pixels and the features of one region."""
+    side, encoder = model.config.region, model.region_encoder
+    width = model.num_features + (model.config.dim if model.output_proj is not None else 0)
+    floats = (side // model.stride) ** 2 * width
+    floats += sum((side // encoder.strides[i]) ** 2 * encoder.channels[i] for i in model.stages)
+    return source.bands * side**2 * source.dtype.itemsize + floats * dtype.itemsize
 
 
 def _visit(waiting: _Waiting) -> Visit:
@@ -534,7 +536,7 @@ def stream(
     }
     try:
         check_bands(model, opened, bands)
-        given = {"readers": readers, "on_bad_tile": on_bad_tile, "maps": maps}
+        given: dict[str, Any] = {"readers": readers, "on_bad_tile": on_bad_tile, "maps": maps}
         given |= {"map_format": map_format, "checkpoint_seconds": checkpoint_seconds}
         checked = check_options(**options | given)
         options |= {name: checked[name] for name in options}
@@ -803,31 +805,35 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 
 def check_options(**options: Any) -> dict[str, Any]:
-    """Options of `stream`, numbers as Python's own. Raises ValueError for one that it cannot take."""
+    """Options of `stream`, numbers as Python's own. Raises ValueError for one it cannot take."""
     for name, value in options.items():
-        rule = None
-        if name in _CHOICES:
-            if value not in _CHOICES[name] and not (value is None and name == "precision"):
-                rule = f"be one of {', '.join(_CHOICES[name])}"
-        elif name in ("batch_size", "readers"):
-            if not isinstance(value, Integral):
-                rule = "be a whole number"
-            elif value < 1:
-                rule = "be at least 1"
-            else:
-                options[name] = int(value)
-        elif name in ("fill", "drop") and not (value is None or (name, value) == ("drop", "nodata")):
-            if not isinstance(value, Real):
-                rule = "be a number or None" if name == "fill" else 'be a number, "nodata" or None'
-            elif name == "fill" and not math.isfinite(value):
-                rule = "be finite"
-            else:
-                options[name] = float(value)
-        elif name == "checkpoint_seconds" and not (isinstance(value, Real) and value >= 0):
-            rule = "be at least 0"
-        if rule is not None:
+        rule = _broken_rule(name, value)
+        if rule:
             raise ValueError(f"stream: {name} must {rule}, got {value!r}.")
+        if isinstance(value, Real):
+            options[name] = int(value) if isinstance(value, Integral) else float(value)
     return options
+
+
+def _broken_rule(name: str, value: Any) -> str:
+    """What an option must, and does not; empty if all is well."""
+    if name in _CHOICES:
+        known = value in _CHOICES[name] or (value is None and name == "precision")
+        return "" if known else f"be one of {', '.join(_CHOICES[name])}"
+    if name in ("batch_size", "readers"):
+        if not isinstance(value, Integral):
+            return "be a whole number"
+        return "" if int(value) >= 1 else "be at least 1"
+    if name == "drop":
+        known = value in (None, "nodata") or isinstance(value, Real)
+        return "" if known else "be a number, 'nodata' or None"
+    if name == "fill":
+        known = value is None or (isinstance(value, Real) and math.isfinite(value))
+        return "" if known else "be a finite number or None"
+    if name == "checkpoint_seconds":
+        known = isinstance(value, Real) and float(value) >= 0
+        return "" if known else "be a number of at least 0"
+    return ""
 
 
 def drop_value(source: ImageSource, drop: float | str | None) -> float | None:
