@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,91 @@ def test_slots_that_round_differently_are_kept_over_a_stop(tmp_path, monkeypatch
         xm.stream(model, page(), tmp_path / "out", progress=stop_after(20), **options)
     assert xm.stream(model, page(), tmp_path / "out", **options).stats.resumed == 1
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_slots_are_kept_where_regions_are_left_out(tmp_path, monkeypatch):
+    model = small(residual=True)
+    plain = model.region_encoder.forward
+
+    def uneven(regions):
+        return plain(regions) * (1 + torch.arange(len(regions))[:, None, None, None] * 1e-6)
+
+    monkeypatch.setattr(model.region_encoder, "forward", uneven)
+    pixels = np.random.default_rng(0).integers(1, 255, (64 * 4, 64 * 9, 3), dtype=np.uint8)
+    for row, col in ((0, 1), (0, 2), (0, 3), (1, 4), (2, 0), (2, 1), (2, 8)):
+        pixels[row * 64 : row * 64 + 64, col * 64 : col * 64 + 64] = 0
+    for waiting in (1024, 6):  # many in a batch that waits long, and batches that may not wait
+        monkeypatch.setattr("xt_models.streaming.MAX_WAITING", waiting)
+        options = {"batch_size": 5, "checkpoint_seconds": 0, "drop": 0}
+        whole = tmp_path / f"whole-{waiting}"
+        xm.stream(model, pixels, whole, **options)
+        for visits in range(6, 36, 3):
+            with pytest.raises(Stopped):
+                xm.stream(model, pixels, tmp_path / "out", progress=stop_after(visits), **options)
+            result = xm.stream(model, pixels, tmp_path / "out", **options)
+            assert contents(tmp_path / "out") == contents(whole), visits
+            shutil.rmtree(tmp_path / "out")
+        assert result.stats.resumed == 1
+
+
+def test_half_a_batch_stays_half_a_batch_over_a_stop(tmp_path, monkeypatch):
+    model = small(residual=True)
+    plain, sizes = model.encode, []
+
+    def small_device(regions, *rest, **options):
+        sizes.append(len(regions))
+        if len(regions) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return plain(regions, *rest, **options)
+
+    monkeypatch.setattr(model, "encode", small_device)
+    options = {"batch_size": 6, "checkpoint_seconds": 0}
+    xm.stream(model, scene(), tmp_path / "whole", **options)
+    with pytest.raises(Stopped):
+        xm.stream(model, scene(), tmp_path / "out", progress=stop_after(18), **options)
+    sizes.clear()
+    assert xm.stream(model, scene(), tmp_path / "out", **options).stats.resumed == 1
+    assert set(sizes) == {3}
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_value_that_is_not_a_number_is_the_same_when_a_run_goes_on(tmp_path):
+    pixels = scene(dtype=np.float32)
+    pixels[:64, :64] = np.nan
+    stopped(tmp_path, pixels=pixels, drop=np.float32("nan"))
+    result = xm.stream(small(), pixels, tmp_path / "out", batch_size=3, drop=float("nan"))
+    assert result.stats.resumed == 1 and result.stats.left_out == 1
+
+
+def test_removing_what_a_failed_run_left_may_be_cut_short(tmp_path, monkeypatch):
+    """Killed at any removal of a file or a folder, the same call takes over what is left."""
+    real = {name: getattr(os, name) for name in ("unlink", "rmdir")}
+
+    def removals(stop_at):
+        count = [0]
+
+        def kill(name, path, **options):
+            count[0] += 1
+            if count[0] > stop_at:
+                raise KeyboardInterrupt
+            real[name](path, **options)
+
+        with open_run(tmp_path / "out", {"image": 1}) as run:
+            assert run.state is None and [p.name for p in run.part.iterdir()] == ["journal"]
+            (run.part / "tokens.zarr" / "c").mkdir(parents=True)
+            for name in ("zarr.json", "c/0", "c/1"):
+                (run.part / "tokens.zarr" / name).write_text("half")
+            for name in real:
+                monkeypatch.setattr(os, name, partial(kill, name))
+            raise Stopped
+
+    for stop_at in range(20):
+        with pytest.raises((Stopped, KeyboardInterrupt)) as caught:
+            removals(stop_at)
+        monkeypatch.undo()
+        if caught.type is Stopped:
+            break
+    assert stop_at > 5 and list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_at_any_sync_leaves_a_run_that_goes_on(tmp_path, monkeypatch):
