@@ -55,6 +55,13 @@ def in_memory(model, pixels):
         return out, {n: head.predict(out.heads[n])[0] for n, head in model.heads.items()}
 
 
+def test_a_model_of_maps_alone_streams_without_a_folder():
+    model = small({"ground": HEADS["ground"]})
+    result, plain = xm.stream(model, scene()), xm.stream(model, scene(), heads=False)
+    assert result.heads == {}
+    np.testing.assert_array_equal(result.embedding, plain.embedding)
+
+
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
 def test_a_map_that_gdal_wrote_in_part_is_refused(share, tmp_path, monkeypatch):
     """GDAL reports some writes that fail, and not others."""

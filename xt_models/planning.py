@@ -209,7 +209,7 @@ def choose_batch_size(
     needs: dict[int, int] = {}
     size, start = 1, time.perf_counter()
     while size <= (256 if device.type == "cuda" else 32):
-        if size > 1 and 2 * needs[size // 2] - needs.get(size // 4, 0) + _FIXED_BYTES > memory:
+        if _next_need(needs) + _FIXED_BYTES > memory:
             break
         encoder = BatchEncoder(model, size, precision and getattr(torch, precision))
         try:
@@ -241,6 +241,12 @@ def choose_batch_size(
     # Neither runs while a batch is encoded, but its pixels stay.
     rest = needs[size] - size * window
     return BatchChoice(size, tried, _FIXED_BYTES + size * window + held + max(rest, peak))
+
+
+def _next_need(needs: dict[int, int]) -> int:
+    """Bytes of the next size, twice the last: on the line through the last two, or the origin."""
+    *before, last = [0, *needs.values()]
+    return 3 * last - 2 * before[-1] if len(needs) > 1 else 2 * last
 
 
 _FIXED_BYTES = 96 << 20
