@@ -29,7 +29,7 @@ from xt_models.planning import choose_batch_size, choose_precision
 from xt_models.profiling import Profile
 from xt_models.reading import Buffers
 from xt_models.source import SourceError
-from xt_models.streaming import stream_chunks
+from xt_models.streaming import default_batch_size, stream_chunks
 
 pytestmark = pytest.mark.filterwarnings("ignore::xt_models.registry.RandomWeightsWarning")
 SMALL = {"region": 64, "dim": 32, "depth": 2, "num_heads": 2, "chunk_regions": 3, "residual": False}
@@ -326,7 +326,7 @@ def test_a_damaged_tile_stops_the_run_or_is_recorded(tmp_path):
     model = small()
     with pytest.raises(SourceError, match=r"tile 7 .row 1, column 1. of level 0 in .* at byte \d"):
         xm.stream(model, path, tmp_path / "out", batch_size=4)
-    with pytest.raises(ValueError, match="on_bad_tile must be 'stop' or 'mask', got 'skip'"):
+    with pytest.raises(ValueError, match="on_bad_tile must be one of stop, mask, got 'skip'"):
         xm.stream(model, path, on_bad_tile="skip")
     result = xm.stream(model, path, tmp_path / "out", batch_size=4, on_bad_tile="mask")
     assert result.stats.left_out == 2
@@ -520,6 +520,12 @@ def test_refuses_options_before_any_work(name, value, said, tmp_path):
     if name in ("batch_size", "precision", "drop"):
         with pytest.raises(ValueError, match=f"stream: {name} {said}"):
             xm.plan(small(), xm.open_image(scene(64, 64)), **{name: value})
+
+
+def test_the_batch_size_that_nobody_chose():
+    swin = SimpleNamespace(config=SimpleNamespace(encoder="swinv2_tiny_window16_256"))
+    swin.parameters = lambda: iter([torch.zeros(1)])
+    assert (default_batch_size(swin), default_batch_size(small())) == (8, 16)
 
 
 def test_numbers_of_other_libraries_are_taken(tmp_path):

@@ -32,8 +32,6 @@ of sysexits.h."""
 STOP_SECONDS = 8.0
 """How long after SIGTERM a run may stay in one call that Python cannot leave."""
 
-_BATCH = 16  # the default of .streaming, which takes seconds to import
-
 
 class _Group(click.Group):
     """Turns any failure into one sentence and an exit code; XT_TRACEBACK=1 shows the rest."""
@@ -160,8 +158,8 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
                          help="Of the region encoder; auto measures whether bfloat16 is faster."),
             click.option("--compile/--no-compile", default=None,
                          help="The region encoder under torch.compile; default is on a GPU only."),
-            click.option("--batch-size", callback=_batch_size, show_default=str(_BATCH),
-                         metavar="N|auto",
+            click.option("--batch-size", callback=_batch_size, metavar="N|auto",
+                         show_default="16, of SwinV2 on a CPU 8",
                          help="Regions encoded at once; auto measures which number is fastest."),
             click.option("--memory", callback=_memory, metavar="SIZE",
                          help="What a run may take above the model, e.g. 8GB: batch size auto "
@@ -493,7 +491,7 @@ def demo(out: Path | None) -> None:
 _DEMO_OPTIONS: dict[str, Any] = {
     "encoder": "convnext_atto", "context": "xl", "model_dir": None, "pretrained": False,
     "region": None, "chunk_regions": None, "memory_chunks": None, "tiling": None,
-    "mean": None, "std": None, "seed": 0, "device": "auto", "batch_size": 16, "memory": None,
+    "mean": None, "std": None, "seed": 0, "device": "auto", "batch_size": None, "memory": None,
     "precision": "float32", "compile": None, "readers": 2, "bands": None, "fill": None,
     "reuse": True, "drop": None, "on_bad_tile": "stop",
 }  # fmt: skip
@@ -1012,6 +1010,7 @@ def _measure_options(
     """Measures precision and batch size where that was asked for, and says so; a run that goes on
     with `settings` keeps its own."""
     from .planning import choose_batch_size, choose_precision
+    from .streaming import default_batch_size
 
     if options["precision"] == "auto":
         if settings is not None:
@@ -1022,7 +1021,7 @@ def _measure_options(
         click.echo(f"precision {name} ({how})", err=True)
         options["precision"] = name
     if options["batch_size"] is None and options["memory"] is None:
-        options["batch_size"] = _BATCH
+        options["batch_size"] = default_batch_size(model)
     if isinstance(options["batch_size"], int):
         return
     if settings is not None:

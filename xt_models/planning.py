@@ -33,6 +33,7 @@ from .streaming import (
     Visit,
     check_bands,
     check_options,
+    default_batch_size,
     drop_value,
     is_compiled,
     region_bytes,
@@ -87,7 +88,7 @@ def plan(
     model: XT,
     source: ImageSource,
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     readers: int = 2,
     bands: Sequence[int] | None = None,
     fill: float | None = None,
@@ -103,6 +104,8 @@ def plan(
 
     On CUDA the memory is that of the device and its allocator; on CPU resident memory.
     """
+    device = next(model.parameters()).device
+    batch_size = default_batch_size(model) if batch_size is None else batch_size
     check_options(batch_size=batch_size, readers=readers, fill=fill, drop=drop)
     check_options(on_bad_tile=on_bad_tile, precision=precision)
     chosen = check_bands(model, source, bands)
@@ -112,7 +115,6 @@ def plan(
     visits = sum(len(step.regions) for step in steps)
     longest = next(step for step in steps if step.emit)  # later chunks may end at the image's edge
     chunk_tokens = grid.placement(longest.regions, model.stride).length
-    device = next(model.parameters()).device
     dtype = next(model.parameters()).dtype
 
     options: dict[str, Any] = {"bands": bands, "fill": fill, "reuse": reuse, "drop": drop}
