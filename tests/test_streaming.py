@@ -639,7 +639,7 @@ HEADS = {"ground": {"kind": "dense", "classes": 4}}
     [
         ("xl", {"chunk_regions": 8}, scene(64 * 16, 64 * 20)),
         ("xl", {"chunk_regions": 8, "heads": HEADS}, scene(64 * 12, 64 * 16)),
-        ("xl", {"chunk_regions": 8}, np.tile(scene(64, 64 * 20), (24, 1, 1))),
+        ("xl", {"chunk_regions": 8}, np.tile(scene(64 * 6, 64 * 20), (3, 1, 1))),
         ("hyper", {"chunk_regions": None, "dim": 64}, scene(64 * 16, 64 * 20)),
     ],
     ids=["plain", "heads", "repeated", "whole image"],
