@@ -17,6 +17,7 @@ import zarr
 from click.testing import CliRunner
 
 from xt_models.cli import main
+from xt_models.journal import locked
 
 SMALL = ["--encoder", "convnext_atto", "--region", "64", "--chunk-regions", "3"]
 XT = [sys.executable, "-c", "from xt_models.cli import main; main(prog_name='xt')"]
@@ -318,9 +319,10 @@ def test_a_run_that_was_told_to_stop_goes_on(scene, tmp_path, monkeypatch):
 def test_batch_size_by_measurement(scene, tmp_path, monkeypatch):
     measured = []
 
-    def choose(model, source, readers, memory, precision):
+    def choose(model, source, readers, memory, precision, heads):
         measured.append(memory)
-        return 5, {4: 0.25, 5: 0.2}
+        assert not heads
+        return 5, {4: 0.25, 5: 0.2}, 2 << 30
 
     monkeypatch.setattr("xt_models.planning.choose_batch_size", choose)
     for words, memory in ((["--batch-size", "auto"], None), (["--memory", "1.5GiB"], 3 << 29)):
@@ -329,6 +331,8 @@ def test_batch_size_by_measurement(scene, tmp_path, monkeypatch):
         assert result.exit_code == 0, result.output
         assert "batch size 5 (4: 4.0, 5: 5.0 regions/s)" in result.output
         assert measured.pop() == memory
+        said = "--memory 1.50 GiB cannot be held: with batches of 5 the run takes about 2.00 GiB"
+        assert (said in result.output) == (memory is not None)
         record = json.loads((out / "run.json").read_text())["run"]
         assert record["identity"]["settings"]["batch_size"] == 5
         if memory is None:  # stopped and taken up again: not measured again
@@ -340,6 +344,54 @@ def test_batch_size_by_measurement(scene, tmp_path, monkeypatch):
             result = xt("embed", scene, "-o", out, *SMALL, *words)
             assert "batch size 5 (that of the run so far)" in result.output and not measured
     refused(xt("plan", scene, "--memory", "much"), "expected a size like 512MB or 8GB")
+    both = xt("plan", scene, "--memory", "2GB", "--batch-size", 3)
+    refused(both, "--memory chooses the batch size: give no number for --batch-size")
+
+
+def test_plan_of_an_image_with_a_damaged_tile(scene):
+    with tifffile.TiffFile(scene) as file:
+        offset = file.pages[0].dataoffsets[5]
+    with scene.open("r+b") as raw:
+        raw.seek(offset)
+        raw.write(b"\xff" * 64)
+    refused(xt("plan", scene, *SMALL), "tile 5 .* at byte")
+    result = xt("plan", scene, *SMALL, "--on-bad-tile", "mask")
+    assert result.exit_code == 0 and "expected time" in result.output
+
+
+@pytest.mark.parametrize("command", ["embed", "predict"])
+def test_a_second_run_stops_before_any_work(command, scene, tmp_path, monkeypatch):
+    def never(*args, **options):
+        raise AssertionError("the model is made")
+
+    monkeypatch.setattr("xt_models.cli._model", never)
+    (tmp_path / "out.part").mkdir()
+    with locked(tmp_path / "out.part"):
+        refused(xt(command, scene, "-o", tmp_path / "out"), "another run is writing to it")
+    refused(xt(command, scene, "-o", tmp_path / "out"), "the model is made")
+    assert not (tmp_path / "out.part").exists()
+
+
+def test_a_run_inside_one_long_call_stops_in_time(scene, tmp_path):
+    code = (
+        "import hashlib, sys, xt_models.cli as cli\n"
+        "cli.STOP_SECONDS = 0.5\n"
+        "def stuck(*_, **__):\n"
+        "    print('stuck', flush=True)\n"
+        "    hashlib.pbkdf2_hmac('sha256', b'', b'', 1 << 29)\n"  # minutes, and signals wait
+        "cli._model = stuck\n"
+        "cli.main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, "embed", str(scene), "-o", str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"stuck\n"
+        time.sleep(1)  # until it is inside
+        begin = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 75 and b"Stopped: " in err
+    assert 0.4 < time.monotonic() - begin < 30
+    assert xt("embed", scene, "-o", tmp_path / "out", *SMALL).exit_code == 0
 
 
 def test_profile_tells_where_the_time_went(scene, tmp_path):

@@ -7,15 +7,20 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import zarr
 from test_streaming import page, scene, small
 
 import xt_models as xm
+from xt_kernels.regions import RegionGrid
 from xt_models.journal import locked, open_run, read_record, verify
+from xt_models.output import MapWriter, WriteBehind
 
 pytestmark = pytest.mark.filterwarnings("ignore::xt_models.registry.RandomWeightsWarning")
 
@@ -103,6 +108,91 @@ def test_slots_that_round_differently_are_kept_over_a_stop(tmp_path, monkeypatch
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_slots_are_kept_where_regions_are_left_out(tmp_path, monkeypatch):
+    model = small(residual=True)
+    plain = model.region_encoder.forward
+
+    def uneven(regions):
+        return plain(regions) * (1 + torch.arange(len(regions))[:, None, None, None] * 1e-6)
+
+    monkeypatch.setattr(model.region_encoder, "forward", uneven)
+    pixels = np.random.default_rng(0).integers(1, 255, (64 * 4, 64 * 9, 3), dtype=np.uint8)
+    for row, col in ((0, 1), (0, 2), (0, 3), (1, 4), (2, 0), (2, 1), (2, 8)):
+        pixels[row * 64 : row * 64 + 64, col * 64 : col * 64 + 64] = 0
+    for waiting in (1024, 6):  # many in a batch that waits long, and batches that may not wait
+        monkeypatch.setattr("xt_models.streaming.MAX_WAITING", waiting)
+        options = {"batch_size": 5, "checkpoint_seconds": 0, "drop": 0}
+        whole = tmp_path / f"whole-{waiting}"
+        xm.stream(model, pixels, whole, **options)
+        for visits in range(6, 36, 3):
+            with pytest.raises(Stopped):
+                xm.stream(model, pixels, tmp_path / "out", progress=stop_after(visits), **options)
+            result = xm.stream(model, pixels, tmp_path / "out", **options)
+            assert contents(tmp_path / "out") == contents(whole), visits
+            shutil.rmtree(tmp_path / "out")
+        assert result.stats.resumed == 1
+
+
+def test_half_a_batch_stays_half_a_batch_over_a_stop(tmp_path, monkeypatch):
+    model = small(residual=True)
+    plain, sizes = model.encode, []
+
+    def small_device(regions, *rest, **options):
+        sizes.append(len(regions))
+        if len(regions) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return plain(regions, *rest, **options)
+
+    monkeypatch.setattr(model, "encode", small_device)
+    options = {"batch_size": 6, "checkpoint_seconds": 0}
+    xm.stream(model, scene(), tmp_path / "whole", **options)
+    with pytest.raises(Stopped):
+        xm.stream(model, scene(), tmp_path / "out", progress=stop_after(18), **options)
+    sizes.clear()
+    assert xm.stream(model, scene(), tmp_path / "out", **options).stats.resumed == 1
+    assert set(sizes) == {3}
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_value_that_is_not_a_number_is_the_same_when_a_run_goes_on(tmp_path):
+    pixels = scene(dtype=np.float32)
+    pixels[:64, :64] = np.nan
+    stopped(tmp_path, pixels=pixels, drop=np.float32("nan"))
+    result = xm.stream(small(), pixels, tmp_path / "out", batch_size=3, drop=float("nan"))
+    assert result.stats.resumed == 1 and result.stats.left_out == 1
+
+
+def test_removing_what_a_failed_run_left_may_be_cut_short(tmp_path, monkeypatch):
+    """Killed at any removal of a file or a folder, the same call takes over what is left."""
+    real = {name: getattr(os, name) for name in ("unlink", "rmdir")}
+
+    def removals(stop_at):
+        count = [0]
+
+        def kill(name, path, **options):
+            count[0] += 1
+            if count[0] > stop_at:
+                raise KeyboardInterrupt
+            real[name](path, **options)
+
+        with open_run(tmp_path / "out", {"image": 1}) as run:
+            assert run.state is None and [p.name for p in run.part.iterdir()] == ["journal"]
+            (run.part / "tokens.zarr" / "c").mkdir(parents=True)
+            for name in ("zarr.json", "c/0", "c/1"):
+                (run.part / "tokens.zarr" / name).write_text("half")
+            for name in real:
+                monkeypatch.setattr(os, name, partial(kill, name))
+            raise Stopped
+
+    for stop_at in range(20):
+        with pytest.raises((Stopped, KeyboardInterrupt)) as caught:
+            removals(stop_at)
+        monkeypatch.undo()
+        if caught.type is Stopped:
+            break
+    assert stop_at > 5 and list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_at_any_sync_leaves_a_run_that_goes_on(tmp_path, monkeypatch):
     model, source = small(), xm.open_image(scene())
     options = {"checkpoint_seconds": 0, "batch_size": 6}
@@ -154,6 +244,117 @@ def test_a_full_disk_at_any_write_leaves_a_run_that_goes_on(tmp_path):
     xm.stream(model, source, tmp_path / "out", **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+
+
+class FullDisk:
+    """Lets the write numbered `fail_at` stop half way, and no other: any opening of a file below a
+    folder for writing, by whatever library. 0 lets all pass."""
+
+    def __init__(self):
+        self.folder, self.fail_at, self.count, self.failed = None, 0, 0, []
+        sys.addaudithook(self)  # for the life of the process
+
+    def __call__(self, event, args):
+        if event != "open" or self.folder is None or not isinstance(args[0], str | Path):
+            return
+        path, flags = str(args[0]), args[2]
+        if not path.startswith(self.folder) or not flags & (os.O_WRONLY | os.O_RDWR):
+            return
+        self.count += 1
+        if self.count == self.fail_at:
+            handle = os.open(path, flags | os.O_CREAT)
+            os.write(handle, b"half a file")
+            os.close(handle)
+            self.failed.append(path)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+
+@pytest.fixture(scope="module")
+def full_disk():
+    disk = FullDisk()
+    yield disk
+    disk.folder = None
+
+
+HEADS = {
+    "none": {},
+    "maps and boxes": {
+        "ships": {"kind": "fcos", "classes": 2},
+        "land": {"kind": "dense", "classes": 3},
+        "kind": {"kind": "classification", "classes": 2},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "heads, options",
+    [("none", {}), ("maps and boxes", {}), ("maps and boxes", {"map_format": "zarr"})],
+)
+def test_a_disk_that_is_full_at_one_write_leaves_a_run_that_goes_on(
+    heads, options, tmp_path, full_disk
+):
+    model = small(heads=HEADS[heads], num_classes=2, memory_chunks=2)
+    source = xm.open_image(scene(130, 260))
+    options = {"checkpoint_seconds": 0, "batch_size": 4} | options
+    xm.stream(model, source, tmp_path / "whole", **options)
+    expected = contents(tmp_path / "whole")
+    out, full_disk.failed = tmp_path / "out", []
+    resumed = 0
+    while not out.exists():
+        full_disk.folder, full_disk.count = str(tmp_path / "out"), 0
+        full_disk.fail_at = len(full_disk.failed) + 1
+        try:
+            xm.stream(model, source, out, **options)
+        except OSError as error:
+            assert error.errno == errno.ENOSPC, full_disk.failed[-1]
+            full_disk.fail_at = 0
+            assert not out.exists()
+            resumed += xm.stream(model, source, out, **options).stats.resumed
+            assert contents(out) == expected, full_disk.failed[-1]
+            assert verify(out) == []
+            assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+            shutil.rmtree(out)
+    assert contents(out) == expected
+    failed = [Path(name.removesuffix(".tmp")) for name in full_disk.failed]
+    names = {path.relative_to(f"{out}.part").parts[0] for path in failed}
+    assert names >= {path.name for path in out.iterdir()} | {"journal"}
+    assert resumed > 10
+
+
+def test_nothing_is_written_behind_a_write_that_failed():
+    done, gate = [], threading.Event()
+
+    def fail():
+        gate.wait(10)
+        raise OSError(errno.ENOSPC, "full")
+
+    with WriteBehind(torch.device("cpu")) as writer:
+        writer.submit(done.append, 1)
+        writer.submit(fail)
+        writer.submit(done.append, 2)  # queued before anybody knows
+        gate.set()
+        for _ in range(2):
+            with pytest.raises(OSError, match="full"):
+                writer.wait()
+            with pytest.raises(OSError, match="full"):
+                writer.submit(done.append, 3)
+    assert done == [1]
+
+
+def test_a_map_that_lacks_a_block_is_refused(tmp_path):
+    grid = RegionGrid(130, 600, 64)
+    writer = MapWriter(tmp_path / "map", grid, 32, 1, "float32", np.nan, {})
+    values = np.ones((2, 2, 1), np.float32)
+    for region in range(grid.num_regions - 1):
+        writer.put(region, values)
+    with pytest.raises(RuntimeError, match=r"map: 1 of 6 blocks were never written"):
+        writer.close()
+    writer.put(grid.num_regions - 1, values)
+    writer.close()
+    (tmp_path / "map" / "c" / "1" / "0" / "0").unlink()
+    with pytest.raises(RuntimeError, match=r"map: 1 of 6 blocks were never written"):
+        writer.close()
+    assert np.isnan(zarr.open_array(str(tmp_path / "map"), mode="r")[2:4, :16]).all()
 
 
 def stopped(tmp_path, model=None, pixels=None, **options):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from click.testing import CliRunner
 
 from xt_models.cli import main
 from xt_models.host import current_rss
+from xt_models.journal import verify
 from xt_models.manifest import embed_many, is_many, list_images, open_manifest
 
 SMALL = ["--encoder", "convnext_atto", "--region", "64", "--chunk-regions", "3"]
@@ -39,7 +42,7 @@ def folder(tmp_path):
 
 def manifest_of(out):
     lines = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
-    assert "identity" in lines[0]
+    assert "identity" in lines[0] and all(len(line["line_sha256"]) == 64 for line in lines)
     return lines[1:]
 
 
@@ -67,12 +70,74 @@ def test_a_folder_of_images_with_a_bad_one(folder, tmp_path):
     (out / "2.tif" / "preview.png").write_bytes(b"flipped")
     result = xt("verify", out)
     assert result.exit_code == 1 and "2.tif: preview.png was changed." in result.output
-    result = xt("embed", folder, "-o", out, *SMALL, "--batch-size", 3, "--seed", 1)
-    assert result.exit_code == 0 and "5 done before" in result.output
-    write(folder / "new.tif", 7)
-    result = xt("embed", folder, "-o", out, *SMALL, "--batch-size", 3)
-    assert result.exit_code == 1
-    assert "was begun differently: settings batch_size was 16 and is 3" in result.output
+
+
+def test_another_model_setting_or_image_is_refused(folder, tmp_path):
+    out = tmp_path / "out"
+    (folder / "1b.tif").unlink()
+    assert xt("embed", folder, "-o", out, *SMALL).exit_code == 0
+    before = (out / "manifest.jsonl").read_bytes()
+    for words, said in (
+        (["--batch-size", 3], "settings batch_size was 16 and is 3"),
+        (["--seed", 1], "model weights was "),
+        (["--region", 128], "model region was 64 and is 128"),
+    ):
+        result = xt("embed", folder, "-o", out, *SMALL, *words)
+        assert result.exit_code == 1
+        assert f"was begun differently: {said}" in result.output
+    assert (out / "manifest.jsonl").read_bytes() == before
+    write(folder / "1.tif", 17)
+    for _ in range(2):
+        result = xt("embed", folder, "-o", out, *SMALL)
+        assert result.exit_code == 1 and "0 done, 3 done before, 1 failed of 4" in result.output
+        assert "1.tif is not what" in result.output and "image sha256 was" in result.output
+    entries = {entry["image"]: entry["status"] for entry in manifest_of(out)}
+    assert entries["1.tif"] == "failed" and entries["2.tif"] == "done"
+    shutil.rmtree(out / "1.tif")
+    result = xt("embed", folder, "-o", out, *SMALL)
+    assert result.exit_code == 0 and "1 done, 3 done before" in result.output
+
+
+def test_verify_finds_any_flipped_byte_of_the_manifest(folder, tmp_path):
+    out = tmp_path / "out"
+    (folder / "0.tif").write_bytes(b"the first one is bad")
+    xt("embed", folder, "-o", out, *SMALL)
+    path = out / "manifest.jsonl"
+    good = path.read_bytes()
+    assert manifest_of(out)[0]["image"] == "0.tif"
+    assert verify(out) == []
+    rng = np.random.default_rng(0)
+    for at in {0, len(good) - 1, good.index(b"done"), *rng.integers(len(good), size=40).tolist()}:
+        bad = bytearray(good)
+        bad[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(bad)
+        assert "manifest.jsonl: " in verify(out)[0], at
+    path.write_bytes(good.replace(b'"done"', b'"donf"', 1))
+    assert verify(out) == ["manifest.jsonl: line 3 was changed."]
+    result = xt("embed", folder, "-o", out, *SMALL)
+    assert result.exit_code == 1 and "manifest.jsonl: line 3 was changed" in result.output
+    path.write_bytes(good[:-20])
+    assert verify(out) == ["manifest.jsonl: its last line is cut off."]
+    assert path.read_bytes() == good[:-20]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_stopped_command_says_that_it_goes_on(number, code, folder, tmp_path, monkeypatch):
+    from xt_models.streaming import stream
+
+    def stop(model, source, out, **options):
+        if out.name == "2.tif":
+            signal.raise_signal(number)
+        return stream(model, source, out, **options)
+
+    monkeypatch.setattr("xt_models.streaming.stream", stop)
+    out = tmp_path / "out"
+    result = xt("embed", folder, "-o", out, *SMALL)
+    assert result.exit_code == code
+    assert f"{out} is kept: the same command goes on from there." in result.output
+    monkeypatch.undo()
+    result = xt("embed", folder, "-o", out, *SMALL)
+    assert "2 done, 2 done before, 1 failed of 5" in result.output
 
 
 def test_one_image_of_many_is_the_same_as_alone(folder, tmp_path):
@@ -130,11 +195,14 @@ def test_a_full_disk_stops_all(folder, tmp_path):
 
 
 def test_memory_is_flat_over_many_images(tmp_path, monkeypatch):
-    for i in range(40):
-        write(tmp_path / "images" / f"{i:02}.tif", i)
+    count = int(os.environ.get("XT_TEST_IMAGES", "40"))
+    for i in range(count):
+        write(tmp_path / "images" / f"{i:03}.tif", i)
     sizes = []
     monkeypatch.setattr("xt_models.cli.click.echo", lambda *_, **__: sizes.append(current_rss()))
     result = xt("embed", tmp_path / "images", "-o", tmp_path / "out", *SMALL)
     assert result.exit_code == 0
-    assert len(sizes) > 40
-    assert max(sizes[15:]) - min(sizes[15:]) < 16 << 20
+    assert len(sizes) > count
+    later = [size / 2**20 for size in sizes[15:]]
+    print(f"{count} images: {min(later):.1f} to {max(later):.1f} MiB after the first 15")
+    assert max(later) - min(later) < 16

@@ -1,6 +1,7 @@
 """Heads over a stream: the same prediction as in memory, in files that others can read."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -53,6 +54,36 @@ def in_memory(model, pixels):
     with torch.inference_mode():
         out = model(torch.from_numpy(pixels).permute(2, 0, 1))
         return out, {n: head.predict(out.heads[n])[0] for n, head in model.heads.items()}
+
+
+def test_a_model_of_maps_alone_streams_without_a_folder():
+    model = small({"ground": HEADS["ground"]})
+    result, plain = xm.stream(model, scene()), xm.stream(model, scene(), heads=False)
+    assert result.heads == {}
+    np.testing.assert_array_equal(result.embedding, plain.embedding)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+def test_a_map_that_gdal_wrote_in_part_is_refused(share, tmp_path, monkeypatch):
+    """GDAL reports some writes that fail, and not others."""
+    import rasterio.shutil
+
+    heads = {"land": {"kind": "dense", "classes": 3}}
+    xm.stream(small(heads), scene(600, 600), tmp_path / "whole", tokens=False)
+    expected = (tmp_path / "whole" / "land.tif").read_bytes()
+    real = rasterio.shutil.copy
+
+    def full(plain, path, **options):
+        real(plain, path, **options)
+        os.truncate(path, int(share * len(expected)))
+
+    monkeypatch.setattr(rasterio.shutil, "copy", full)
+    with pytest.raises(OSError, match="wrote it in part: is the disk full"):
+        xm.stream(small(heads), scene(600, 600), tmp_path / "out", tokens=False)
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()
+    xm.stream(small(heads), scene(600, 600), tmp_path / "out", tokens=False)
+    assert (tmp_path / "out" / "land.tif").read_bytes() == expected
 
 
 def bands_last(folder, name):

@@ -29,7 +29,7 @@ from xt_models.planning import choose_batch_size, choose_precision
 from xt_models.profiling import Profile
 from xt_models.reading import Buffers
 from xt_models.source import SourceError
-from xt_models.streaming import stream_chunks
+from xt_models.streaming import default_batch_size, stream_chunks
 
 pytestmark = pytest.mark.filterwarnings("ignore::xt_models.registry.RandomWeightsWarning")
 SMALL = {"region": 64, "dim": 32, "depth": 2, "num_heads": 2, "chunk_regions": 3, "residual": False}
@@ -326,7 +326,7 @@ def test_a_damaged_tile_stops_the_run_or_is_recorded(tmp_path):
     model = small()
     with pytest.raises(SourceError, match=r"tile 7 .row 1, column 1. of level 0 in .* at byte \d"):
         xm.stream(model, path, tmp_path / "out", batch_size=4)
-    with pytest.raises(ValueError, match="on_bad_tile must be 'stop' or 'mask', got 'skip'"):
+    with pytest.raises(ValueError, match="on_bad_tile must be one of stop, mask, got 'skip'"):
         xm.stream(model, path, on_bad_tile="skip")
     result = xm.stream(model, path, tmp_path / "out", batch_size=4, on_bad_tile="mask")
     assert result.stats.left_out == 2
@@ -498,10 +498,38 @@ def test_bands_are_chosen_or_refused():
     close(torch.from_numpy(chosen.embedding), expected.embedding[0])
 
 
-@pytest.mark.parametrize("name", ["batch_size", "readers"])
-def test_refuses_numbers_below_one(name):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-        xm.stream(small(), scene(64, 64), **{name: 0})
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("batch_size", 0, "must be at least 1, got 0"),
+        ("readers", 0, "must be at least 1, got 0"),
+        ("batch_size", 2.5, "must be a whole number, got 2.5"),
+        ("readers", None, "must be a whole number, got None"),
+        ("precision", "bf16", "must be one of float32, bfloat16, float16, got 'bf16'"),
+        ("precision", "int8", "must be one of float32, bfloat16, float16, got 'int8'"),
+        ("drop", "nothing", "must be a number, 'nodata' or None, got 'nothing'"),
+        ("fill", float("nan"), "must be a finite number or None, got nan"),
+        ("checkpoint_seconds", -1, "must be a number of at least 0, got -1"),
+        ("maps", "classes", "must be one of prediction, logits, got 'classes'"),
+    ],
+)
+def test_refuses_options_before_any_work(name, value, said, tmp_path):
+    with pytest.raises(ValueError, match=f"stream: {name} {said}"):
+        xm.stream(small(), scene(64, 64), tmp_path / "out", **{name: value})
+    nothing_left(tmp_path)
+    if name in ("batch_size", "precision", "drop"):
+        with pytest.raises(ValueError, match=f"stream: {name} {said}"):
+            xm.plan(small(), xm.open_image(scene(64, 64)), **{name: value})
+
+
+def test_the_batch_size_that_nobody_chose():
+    swin = SimpleNamespace(config=SimpleNamespace(encoder="swinv2_tiny_window16_256"))
+    swin.parameters = lambda: iter([torch.zeros(1)])
+    assert (default_batch_size(swin), default_batch_size(small())) == (8, 16)
+
+
+def test_numbers_of_other_libraries_are_taken(tmp_path):
+    xm.stream(small(), scene(64, 64), tmp_path / "out", batch_size=np.int64(2), fill=np.float32(0))
 
 
 def test_output_that_exists_is_kept(tmp_path):
@@ -592,6 +620,49 @@ def test_plan_works_out_long_sequences_from_two_short_ones(monkeypatch):
     assert plan.fits and not xm.plan(model, source).fits
 
 
+def test_plan_foretells_how_many_are_reused():
+    pixels = np.tile(scene(64, 64 * 16), (12, 1, 1))
+    pixels[64 * 8 :] = 255
+    source, model = xm.open_image(pixels), small()
+    for options, share in (({}, 1 - 17 / 192), ({"reuse": False}, 0), ({"drop": 255}, 176 / 192)):
+        assert xm.plan(model, source, **options).reused == pytest.approx(share)
+        stats = xm.stream(model, source, **options).stats
+        assert (stats.reused + stats.left_out) / stats.regions == pytest.approx(share)
+    assert xm.plan(model, source, drop=255, reuse=False).reused == pytest.approx(64 / 192)
+
+
+HEADS = {"ground": {"kind": "dense", "classes": 4}}
+
+
+@pytest.mark.parametrize(
+    "context, options, pixels",
+    [
+        ("xl", {"chunk_regions": 8}, scene(64 * 16, 64 * 20)),
+        ("xl", {"chunk_regions": 8, "heads": HEADS}, scene(64 * 12, 64 * 16)),
+        ("xl", {"chunk_regions": 8}, np.tile(scene(64 * 6, 64 * 20), (3, 1, 1))),
+        ("hyper", {"chunk_regions": None, "dim": 64}, scene(64 * 16, 64 * 20)),
+    ],
+    ids=["plain", "heads", "repeated", "whole image"],
+)
+def test_plan_foretells_the_time_of_a_real_run(context, options, pixels, tmp_path, monkeypatch):
+    """By the processor time of the main thread, which others on the machine move little."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    clock = SimpleNamespace(perf_counter=time.thread_time)
+    for module in ("planning", "profiling", "streaming"):
+        monkeypatch.setattr(f"xt_models.{module}.time", clock)
+    monkeypatch.setattr("xt_models.planning.TRIAL_SECONDS", 0.5)
+    model, source, ratios = small(context, **options), xm.open_image(pixels), []
+    try:
+        xm.stream(model, source)  # what is done once in a process
+        for i in range(3):
+            plan = xm.plan(model, source)
+            ratios.append(plan.seconds / xm.stream(model, source, tmp_path / str(i)).stats.seconds)
+    finally:
+        torch.set_num_threads(threads)
+    assert sorted(ratios)[1] == pytest.approx(1, rel=0.3), ratios
+
+
 @pytest.mark.parametrize("blank", [False, True])
 def test_plan_foretells_the_time(blank, monkeypatch):
     """By a clock that only these move: a batch 40 ms, a chunk 20 ms, a region cut out 1 ms."""
@@ -655,16 +726,43 @@ def test_batch_size_is_chosen_by_measurement_within_memory(monkeypatch):
     model, source = small(), xm.open_image(scene(64, 64))
     costs = {1: (0.010, 10), 2: (0.012, 20), 4: (0.020, 40), 8: (0.0392, 80), 16: (0.09, 160)}
 
+    ran = []
+
     def measure(run, device):
-        seconds, mib = costs.get(len(run.__self__.regions), (9.0, 999))
+        ran.append(len(run.__self__.regions))
+        seconds, mib = costs.get(ran[-1], (9.0, 999))
         return seconds, mib << 20
 
     monkeypatch.setattr("xt_models.planning._measure", measure)
-    size, tried = choose_batch_size(model, source, memory=1 << 30)
+    monkeypatch.setattr("xt_models.planning._chunk_cost", lambda *_: (5 << 20, 0.0, 70 << 20))
+    size, tried, memory = choose_batch_size(model, source, memory=1 << 30)
     assert size == 4 and tried[4] == 0.005  # 8 is 2 % faster and not worth twice the memory
+    assert memory == pytest.approx((96 + 5 + 70) << 20, rel=0.01)  # more than the 40 of the batch
+    ran.clear()
     assert choose_batch_size(model, source, memory=130 << 20)[0] == 2
+    assert ran == [1, 2], "four would not fit, and are not tried"
     with pytest.raises(ValueError, match="memory must hold one region's activations and 96 MiB"):
         choose_batch_size(model, source, memory=50 << 20)
+
+
+def test_heads_and_context_count_in_the_memory_of_a_batch_size(monkeypatch):
+    ran = []
+
+    def measure(run, device):
+        is_encoder = isinstance(getattr(run, "__self__", None), BatchEncoder)
+        ran.append("encoder" if is_encoder else "other")
+        run()
+        return 0.01, (10 if is_encoder else 300) << 20
+
+    monkeypatch.setattr("xt_models.planning._measure", measure)
+    source = xm.open_image(scene(640, 640))
+    for context, heads, needed in ((None, {}, 106), (None, HEADS, 396), ("xl", {}, 396)):
+        ran.clear()
+        model = small(context, heads=heads)
+        choice = choose_batch_size(model, source, memory=200 << 20)
+        assert choice.memory / 2**20 == pytest.approx(needed, abs=4)
+        assert ran.count("other") == (needed == 396)
+    assert choose_batch_size(small(None, heads=HEADS), source, heads=False).memory < 110 << 20
 
 
 def test_the_region_encoder_in_another_precision(tmp_path):

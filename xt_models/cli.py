@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ import click
 if TYPE_CHECKING:
     import torch
 
+    from .manifest import Image, Manifest
     from .model import XT
     from .planning import Plan
     from .source import ImageSource
@@ -26,6 +28,9 @@ _CONTEXTS = ("xl", "hyper", "mamba", "vit")  # those of .model, which takes seco
 STOPPED = 75
 """Exit code of a run that was asked to end (SIGTERM) and can go on; EX_TEMPFAIL
 of sysexits.h."""
+
+STOP_SECONDS = 8.0
+"""How long after SIGTERM a run may stay in one call that Python cannot leave."""
 
 
 class _Group(click.Group):
@@ -41,7 +46,7 @@ class _Group(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except KeyboardInterrupt:
-            click.echo("\nInterrupted: nothing was written.", err=True)
+            click.echo("\nInterrupted.", err=True)
             ctx.exit(130)
         except Exception as error:
             if os.environ.get("XT_TRACEBACK"):
@@ -92,10 +97,10 @@ def _drop(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
         raise click.BadParameter(f"expected nodata or a number, got {value!r}.") from None
 
 
-def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
-    """A number, or None for auto."""
-    if value == "auto":
-        return None
+def _batch_size(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+    """A number, "auto", or None where nothing was said."""
+    if value in (None, "auto"):
+        return value
     number: int = click.IntRange(1)(value, param, ctx)
     return number
 
@@ -153,12 +158,12 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
                          help="Of the region encoder; auto measures whether bfloat16 is faster."),
             click.option("--compile/--no-compile", default=None,
                          help="The region encoder under torch.compile; default is on a GPU only."),
-            click.option("--batch-size", callback=_batch_size, default="16", show_default=True,
-                         metavar="N|auto",
+            click.option("--batch-size", callback=_batch_size, metavar="N|auto",
+                         show_default="16, of SwinV2 on a CPU 8",
                          help="Regions encoded at once; auto measures which number is fastest."),
             click.option("--memory", callback=_memory, metavar="SIZE",
                          help="What a run may take above the model, e.g. 8GB: batch size auto "
-                         "within it."),
+                         "within it, so no number with it."),
             click.option("--readers", type=click.IntRange(1), default=2, show_default=True,
                          help="Threads that read ahead."),
             click.option("--reuse/--no-reuse", default=True, show_default=True,
@@ -223,7 +228,7 @@ def embed(image: Path, out: Path, preview: bool, trace: Path | None, **options: 
 
     Stopped in whatever way, the same command goes on where it was and gives the same bytes.
     """
-    from .journal import part_of
+    from .journal import claimed
     from .manifest import is_many
     from .profiling import Profile
 
@@ -233,8 +238,7 @@ def embed(image: Path, out: Path, preview: bool, trace: Path | None, **options: 
         _embed_many(image, out, options, preview)
         return
 
-    part_of(out)
-    with _opened(image) as source, _resumable(out):
+    with claimed(out), _resumable(out), _opened(image) as source:
         model = _model(source, options)
         profile = None if trace is None else Profile(next(model.parameters()).device)
         result = _run(model, source, out, options, preview=preview, heads=False, profile=profile)
@@ -251,32 +255,17 @@ def embed(image: Path, out: Path, preview: bool, trace: Path | None, **options: 
 
 def _embed_many(where: Path, out: Path, options: dict[str, Any], preview: bool) -> None:
     from .host import current_rss
-    from .journal import model_identity
-    from .manifest import MANIFEST, Image, embed_many, list_images, open_manifest
-    from .streaming import is_compiled
+    from .manifest import MANIFEST, embed_many, list_images, open_manifest
 
     images = list_images(where)
-    with open_manifest(out) as manifest:
-        models: list[XT] = []
+    with _resumable(out, out / MANIFEST), open_manifest(out) as manifest:
+        model = _model_of_many(images, manifest, options, preview)
 
         def embed_one(image: Image, folder: Path) -> None:
             with _opened(image.path) as source:
-                if not models:
-                    model = _model(source, options)
-                    known = manifest.identity
-                    _measure_options(model, source, known and known["settings"], options)
-                    settings = {"preview": preview, **_stream_options(options)}
-                    settings |= {name: options[name] for name in ("fill", "drop", "precision")}
-                    settings["compile"] = is_compiled(
-                        next(model.parameters()).device, options["compile"]
-                    )
-                    try:
-                        del settings["readers"]
-                        manifest.begin(model_identity(model, settings))
-                    except ValueError as error:
-                        raise click.ClickException(str(error)) from None
-                    models.append(model)
-                _run(models[0], source, folder, options, preview=preview, heads=False)
+                if model is None:
+                    raise ValueError(f"{image.path} could not be opened a moment ago.")
+                _run(model, source, folder, options, preview=preview, heads=False)
 
         sizes: list[int] = []
 
@@ -301,23 +290,89 @@ def _embed_many(where: Path, out: Path, options: dict[str, Any], preview: bool) 
         )
 
 
+def _model_of_many(
+    images: list[Image], manifest: Manifest, options: dict[str, Any], preview: bool
+) -> XT | None:
+    """The model for the first image that can be opened, noted in the manifest with its settings;
+    None if there is none. Raises ValueError if another model or setting was noted before."""
+    from .journal import model_identity
+    from .manifest import FAILURES
+    from .source import open_image
+    from .streaming import is_compiled
+
+    for image in images:
+        try:
+            source = open_image(image.path)
+        except FAILURES:
+            continue  # says so when its turn comes
+        with source:
+            model = _model(source, options)
+            known = manifest.identity
+            _measure_options(model, source, known and known["settings"], options)
+        settings = {"preview": preview, **_stream_options(options)}
+        settings |= {name: options[name] for name in ("fill", "drop", "precision")}
+        settings["compile"] = is_compiled(next(model.parameters()).device, options["compile"])
+        del settings["readers"]
+        manifest.begin(model_identity(model, settings))
+        return model
+    return None
+
+
 @contextmanager
-def _resumable(out: Path) -> Iterator[None]:
-    """Says whether the same command can go on, however the run ends."""
+def _resumable(out: Path, kept: Path | None = None) -> Iterator[None]:
+    """Says whether the same command can go on, however the run ends.
+
+    kept: where the run is noted while it lasts; default `OUT.part`.
+    """
+    where = out.with_name(out.name + ".part") if kept is None else out
+
+    def note() -> str:
+        is_kept = (kept or where).exists() and any(where.iterdir())
+        goes_on = f"{where} is kept: the same command goes on from there."
+        return goes_on if is_kept else "nothing was written."
+
     try:
-        yield
+        with _stopped_in_time(note):
+            yield
     except BaseException as error:
-        kept = out.with_name(out.name + ".part").exists()
-        note = f"{out}.part is kept: the same command goes on from there."
         if isinstance(error, SystemExit) and error.code == 143:
-            click.echo("\nStopped: " + (note if kept else "nothing was written."), err=True)
+            click.echo(f"\nStopped: {note()}", err=True)
             raise SystemExit(STOPPED) from None
         if isinstance(error, KeyboardInterrupt):
-            click.echo("\nInterrupted: " + (note if kept else "nothing was written."), err=True)
+            click.echo(f"\nInterrupted: {note()}", err=True)
             raise SystemExit(130) from None
-        if isinstance(error, OSError) and kept and not isinstance(error, BlockingIOError):
-            click.echo(f"note: {note}", err=True)
+        strange = isinstance(error, BlockingIOError | FileExistsError)
+        if isinstance(error, OSError) and not strange and note().startswith(str(where)):
+            click.echo(f"note: {note()}", err=True)
         raise
+
+
+@contextmanager
+def _stopped_in_time(note: Callable[[], str]) -> Iterator[None]:
+    """Ends the process `STOP_SECONDS` after SIGTERM if the main thread is still inside one call,
+    such as attention over a whole image: Python runs no handler there. What is left is what a
+    `kill -9` leaves."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before, ended = signal.set_wakeup_fd(writer), threading.Event()
+
+    def watch() -> None:
+        while number := os.read(reader, 1):
+            if number[0] == signal.SIGTERM and not ended.wait(STOP_SECONDS):
+                sys.stderr.write(f"\nStopped: {note()}\n")
+                sys.stderr.flush()
+                os._exit(STOPPED)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+        watcher.join()
+        os.close(reader)
 
 
 @main.command()
@@ -356,12 +411,14 @@ def predict(
     """
     import json
 
-    from .journal import part_of
+    from .journal import claimed
     from .output import check_output, class_scores
 
-    if out is not None:
-        part_of(out)
-    with _opened(image) as source:
+    with ExitStack() as stack:
+        claim = stack.enter_context(ExitStack())
+        if out is not None:
+            claim.enter_context(claimed(out))
+        source = stack.enter_context(_opened(image))
         model = _model(source, options, num_classes=num_classes)
         if len(model.heads):
             if out is None:
@@ -372,6 +429,7 @@ def predict(
             _table(_stats_rows(result.stats))
             click.echo(f"wrote {out}/: {', '.join(sorted(path.name for path in out.iterdir()))}")
             return
+        claim.close()
         if out is not None:
             check_output(out)
         if model.head is None:
@@ -434,7 +492,7 @@ def demo(out: Path | None) -> None:
 _DEMO_OPTIONS: dict[str, Any] = {
     "encoder": "convnext_atto", "context": "xl", "model_dir": None, "pretrained": False,
     "region": None, "chunk_regions": None, "memory_chunks": None, "tiling": None,
-    "mean": None, "std": None, "seed": 0, "device": "auto", "batch_size": 16, "memory": None,
+    "mean": None, "std": None, "seed": 0, "device": "auto", "batch_size": None, "memory": None,
     "precision": "float32", "compile": None, "readers": 2, "bands": None, "fill": None,
     "reuse": True, "drop": None, "on_bad_tile": "stop",
 }  # fmt: skip
@@ -859,6 +917,8 @@ def _model(source: ImageSource, options: dict[str, Any], **extra: Any) -> XT:
     """The model that the options name, on its device; a notice where its weights are random."""
     import torch
 
+    if options["memory"] is not None and isinstance(options["batch_size"], int):
+        raise click.UsageError("--memory chooses the batch size: give no number for --batch-size.")
     device = options["device"]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -916,8 +976,9 @@ def _plan(model: XT, source: ImageSource, out: Path, options: dict[str, Any]) ->
     from .planning import plan
 
     _measure_options(model, source, None, options)
-    more = {name: options[name] for name in ("fill", "reuse", "drop", "precision", "compile")}
-    return plan(model, source, out=out, **more, **_stream_options(options))
+    names = ("fill", "reuse", "drop", "on_bad_tile", "precision", "compile")
+    more = {name: options[name] for name in names}
+    return plan(model, source, out=out, heads=False, **more, **_stream_options(options))
 
 
 def _run(
@@ -928,7 +989,8 @@ def _run(
     from .journal import settings_of
     from .streaming import stream
 
-    _measure_options(model, source, None if out is None else settings_of(out), options)
+    settings = None if out is None else settings_of(out)
+    _measure_options(model, source, settings, options, more.get("heads", True))
     visits = sum(len(s.regions) for s in model.walk(model.grid(source.height, source.width)))
     name = Path(source.name).name
     with tqdm(total=visits, unit=" regions", desc=name, file=sys.stderr, leave=None) as bar:
@@ -949,11 +1011,16 @@ def _run(
 
 
 def _measure_options(
-    model: XT, source: ImageSource, settings: dict[str, Any] | None, options: dict[str, Any]
+    model: XT,
+    source: ImageSource,
+    settings: dict[str, Any] | None,
+    options: dict[str, Any],
+    heads: bool = False,
 ) -> None:
     """Measures precision and batch size where that was asked for, and says so; a run that goes on
     with `settings` keeps its own."""
     from .planning import choose_batch_size, choose_precision
+    from .streaming import default_batch_size
 
     if options["precision"] == "auto":
         if settings is not None:
@@ -963,17 +1030,25 @@ def _measure_options(
             how = ", ".join(f"{n}: {each:.1f}" for n, each in speeds.items()) + " regions/s"
         click.echo(f"precision {name} ({how})", err=True)
         options["precision"] = name
-    if options["batch_size"] is not None and options["memory"] is None:
+    if options["batch_size"] is None and options["memory"] is None:
+        options["batch_size"] = default_batch_size(model)
+    if isinstance(options["batch_size"], int):
         return
     if settings is not None:
         size, how = int(settings["batch_size"]), "that of the run so far"
     else:
         readers, memory = options["readers"], options["memory"]
         precision = options["precision"]
-        size, tried = choose_batch_size(
-            model, source, readers=readers, memory=memory, precision=precision
+        size, tried, needed = choose_batch_size(
+            model, source, readers=readers, memory=memory, precision=precision, heads=heads
         )
         how = ", ".join(f"{n}: {1 / each:.1f}" for n, each in tried.items()) + " regions/s"
+        if memory is not None and needed > memory:
+            click.echo(
+                f"warning: --memory {_bytes(memory)} cannot be held: with batches of {size} the "
+                f"run takes about {_bytes(needed)} above the model.",
+                err=True,
+            )
     click.echo(f"batch size {size} ({how})", err=True)
     options |= {"batch_size": size, "memory": None}
 

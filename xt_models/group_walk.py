@@ -76,7 +76,7 @@ class GroupWalk:
         """tokens: `[L, C]` of `regions`, row-major over them. stages: region -> number -> map
         `[s_i, s_i, C_i]`. left_out: regions of the chunk without tokens; heads see zeros there."""
         side = self._shapes["tokens"][0]
-        if regions:
+        if regions and self._heads:
             for region, part in region_tokens(tokens, self._grid, regions, self._stride):
                 edges = (0, 0, 0, side - part.shape[1], 0, side - part.shape[0])
                 self.held[region] = {"tokens": F.pad(part, edges)}
@@ -98,7 +98,7 @@ class GroupWalk:
         """Counts regions; the groups that are complete by them, by head."""
         complete: dict[str, list[int]] = {}
         for region in regions:
-            for name, i in self._groups_of[region]:
+            for name, i in self._groups_of.get(region, ()):
                 self._missing[name][i] -= 1
                 if not self._missing[name][i]:
                     complete.setdefault(name, []).append(i)

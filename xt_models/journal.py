@@ -21,7 +21,8 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
@@ -65,9 +66,14 @@ class Run:
                 f"{part} holds {strange[0]} and no journal of a run: remove it, or name another "
                 f"output."
             )
-        self._clear()
-        self.journal.mkdir(exist_ok=True)
-        write_synced(known, json.dumps(identity, indent=1).encode())
+
+    def begin(self) -> None:
+        """Notes the identity, if no process did before."""
+        known = self.journal / "identity.json"
+        if self.record is None and not known.exists():
+            self._clear()
+            self.journal.mkdir(exist_ok=True)
+            write_synced(known, json.dumps(self._identity, indent=1).encode())
 
     @property
     def has_checkpoint(self) -> bool:
@@ -105,6 +111,13 @@ class Run:
         record = record | {"identity": self._identity, "files": kept}
         write_synced(self.part / RECORD, _record_bytes(record))
         return record
+
+    def discard(self) -> None:
+        """Removes all. The journal goes last: cut short, the same call knows whose the rest is."""
+        self._log.unlink(missing_ok=True)
+        self._files, self._count = {}, 0
+        self._clear()
+        shutil.rmtree(self.part)
 
     def _sync(self, files: Iterable[Path]) -> dict[str, list[Any]]:
         """Sizes and checksums of files, which are on disk then, their folders included."""
@@ -201,22 +214,49 @@ def open_run(out: str | Path, identity: dict[str, Any]) -> Iterator[Run]:
     identity: what the bytes depend on, JSON-able. A failure before the first checkpoint leaves
     nothing; after it `<out>.part` stays, for the same call to go on.
 
-    Raises as `part_of`; BlockingIOError if another process writes to it; ValueError if it was begun
-    with another identity, which the message tells, or is damaged.
+    Raises as `claimed`; ValueError if it was begun with another identity, which the message tells,
+    or is damaged.
     """
-    final, part = Path(out), part_of(out)
-    part.mkdir(exist_ok=True)
-    with locked(part):
+    final = Path(out)
+    with claimed(final) as part:
         run = Run(part, identity)
         try:
+            run.begin()
             yield run
-            shutil.rmtree(run.journal, ignore_errors=True)
+            if run.journal.exists():
+                shutil.rmtree(run.journal)
             os.rename(part, final)
             sync_folder(final.absolute().parent)
         except BaseException:
             if not run.has_checkpoint:
-                shutil.rmtree(part, ignore_errors=True)
+                with suppress(OSError):
+                    run.discard()
             raise
+
+
+_CLAIMED: ContextVar[Path | None] = ContextVar("claimed", default=None)
+
+
+@contextmanager
+def claimed(out: str | Path) -> Iterator[Path]:
+    """`<out>.part`, made where it is not there, held against other processes, and removed if it is
+    empty in the end. A claim inside a claim of the same folder is that claim.
+
+    Raises as `part_of`, and BlockingIOError if another process has it.
+    """
+    part = part_of(out)
+    if _CLAIMED.get() == part.absolute():
+        yield part
+        return
+    part.mkdir(exist_ok=True)
+    with locked(part):
+        token = _CLAIMED.set(part.absolute())
+        try:
+            yield part
+        finally:
+            _CLAIMED.reset(token)
+            with suppress(OSError):  # it is not empty, or has its name
+                part.rmdir()
 
 
 @contextmanager
@@ -242,15 +282,16 @@ def verify(out: str | Path) -> list[str]:
     """What is wrong with a finished output folder, one sentence each; nothing if all is well.
 
     Every byte counts: of each file, and of `run.json` itself. Of the folder of many images, those
-    of each image that its manifest calls done.
+    of its manifest, and of each image that it calls done.
     """
     from .manifest import MANIFEST, Manifest
 
     folder = Path(out)
     if (folder / MANIFEST).is_file():
-        return [
+        manifest = Manifest(folder)
+        return manifest.damage + [
             f"{name}: {line}"
-            for name, entry in Manifest(folder).entries.items()
+            for name, entry in manifest.entries.items()
             if entry["status"] == "done"
             for line in _verify_image(folder / name, entry["sha256"])
         ]
@@ -335,7 +376,20 @@ def _image_facts(source: ImageSource) -> dict[str, Any]:
         "bands": source.bands,
         "dtype": str(source.dtype),
     }
-    path, digest = Path(source.name), hashlib.sha256()
+    path = Path(source.name)
+    if path.exists():
+        return facts | file_facts(path)
+    digest = hashlib.sha256()
+    for top in range(0, source.height, _ROWS):
+        rows = source.read(top, 0, min(_ROWS, source.height - top), source.width)
+        digest.update(rows.tobytes())
+    return facts | {"sha256": digest.hexdigest()}
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """What an image file, or a folder of chunks, is known by: see `identity_of`."""
+    facts: dict[str, Any] = {}
+    digest = hashlib.sha256()
     if path.is_file():
         status = path.stat()
         with path.open("rb") as file:
@@ -343,15 +397,11 @@ def _image_facts(source: ImageSource) -> dict[str, Any]:
             file.seek(max(status.st_size - _EDGE_BYTES, 0))
             digest.update(file.read())
         facts |= {"bytes": status.st_size, "modified_ns": status.st_mtime_ns}
-    elif path.is_dir():
+    else:
         for inner in sorted(path.rglob("*")):
             status = inner.stat()
             line = f"{inner.relative_to(path)} {status.st_size} {status.st_mtime_ns}\n"
             digest.update(line.encode() if inner.is_file() else b"")
-    else:
-        for top in range(0, source.height, _ROWS):
-            rows = source.read(top, 0, min(_ROWS, source.height - top), source.width)
-            digest.update(rows.tobytes())
     return facts | {"sha256": digest.hexdigest()}
 
 
@@ -360,7 +410,7 @@ def changes(was: Any, now: Any, place: str = "") -> Iterator[str]:
     if isinstance(was, dict) and isinstance(now, dict):
         for key in {**was, **now}:
             yield from changes(was.get(key), now.get(key), f"{place} {key}".strip())
-    elif was != now:
+    elif was != now and (was == was or now == now):  # NaN is NaN
         yield f"{place} was {was} and is {now}"
 
 

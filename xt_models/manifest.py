@@ -3,7 +3,8 @@
     OUT/manifest.jsonl    first line: model and settings; then one line an image, as it ends
     OUT/<name>/           what a run writes for one image, there when it is complete
 
-A line follows the sync of the output that it names. The last line of an image counts.
+A line follows the sync of the output that it names, and ends in a checksum of itself. The last line
+of an image counts.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .journal import RECORD, locked, read_record, sync_folder
+from .journal import RECORD, changes, file_facts, locked, read_record, sync_folder
 
 MANIFEST = "manifest.jsonl"
+FAILURES = (ValueError, OSError, MemoryError, RuntimeError)
+"""What an image may raise that the others need not suffer for."""
 _LISTS = (".txt", ".lst")
 _SUFFIXES = set(
     ".tif .tiff .btf .tf8 .png .jpg .jpeg .npy .zarr .svs .ndpi .mrxs .vms .vmu .scn .bif .svslide "
@@ -73,28 +76,34 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 class Manifest:
-    """What was done in an output folder so far; `open_manifest` makes it."""
+    """What was done in an output folder so far; to write to it, `open_manifest`.
+
+    damage: what is wrong with the file, one sentence each. cut: bytes of a last line that a kill
+    cut off.
+    """
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self._path = out / MANIFEST
+        self.path = out / MANIFEST
         self.identity: dict[str, Any] | None = None
         self.entries: dict[str, dict[str, Any]] = {}
-        raw = self._path.read_bytes() if self._path.exists() else b""
-        whole = raw[: raw.rfind(b"\n") + 1]  # a kill may have cut the last line off
-        if len(whole) < len(raw):
-            os.truncate(self._path, len(whole))
-        for line in whole.splitlines():
-            entry = json.loads(line)
-            if "identity" in entry:
+        self.damage: list[str] = []
+        self.cut = 0
+        raw = self.path.read_bytes() if self.path.exists() else b""
+        for number, line in enumerate(raw.split(b"\n")[:-1], 1):
+            entry = _entry(line)
+            if entry is None:
+                self.damage.append(f"{MANIFEST}: line {number} was changed.")
+            elif "identity" in entry:
                 self.identity = entry["identity"]
             else:
                 self.entries[entry["image"]] = entry
+        if raw and not raw.endswith(b"\n"):
+            self.cut = len(raw) - raw.rfind(b"\n") - 1
+            self.damage.append(f"{MANIFEST}: its last line is cut off.")
 
     def begin(self, identity: dict[str, Any]) -> None:
         """Notes model and settings. Raises ValueError if others were noted before."""
-        from .journal import changes
-
         identity = json.loads(json.dumps(identity))
         if self.identity is None:
             self._append({"identity": identity})
@@ -103,19 +112,31 @@ class Manifest:
         found = list(changes(self.identity, identity))
         if found:
             raise ValueError(
-                f"{self._path} was begun differently: {'; '.join(found[:4])}. Repeat the "
+                f"{self.path} was begun differently: {'; '.join(found[:4])}. Repeat the "
                 f"command as it was, or name another output."
             )
 
     def is_done(self, image: Image) -> bool:
-        """Whether its output is there; one that a kill kept from being noted is noted now."""
+        """Whether its output is there; one that a kill kept from being noted is noted now.
+
+        Raises ValueError if the image is another one by now, or the output is damaged.
+        """
         folder = self.out / image.name
         if not (folder / RECORD).is_file():
             return False
+        record = read_record(folder)
+        if record is None:
+            raise ValueError(f"{folder / RECORD} was changed: remove {folder} to embed it again.")
+        if image.path.exists():
+            now = file_facts(image.path)
+            known = {name: record["identity"]["image"].get(name) for name in now}
+            found = list(changes(known, now, "image"))
+            if found:
+                raise ValueError(
+                    f"{image.path} is not what {folder} was made of: {'; '.join(found)}. Remove "
+                    f"{folder} to embed it again."
+                )
         if self.entries.get(image.name, {}).get("status") != "done":
-            record = read_record(folder)
-            if record is None:
-                return False
             self.done(image, record["stats"]["seconds"])
         return True
 
@@ -135,10 +156,25 @@ class Manifest:
         self.entries[image.name] = entry
 
     def _append(self, entry: dict[str, Any]) -> None:
-        with self._path.open("ab") as file:
-            file.write(json.dumps(entry).encode() + b"\n")
+        with self.path.open("ab") as file:
+            file.write(_line(entry) + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    check = hashlib.sha256(json.dumps(entry).encode()).hexdigest()
+    return json.dumps(entry | {"line_sha256": check}).encode()
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """What a line says, None if a byte of it was changed."""
+    try:
+        entry: dict[str, Any] = json.loads(line)
+        del entry["line_sha256"]
+        return entry if _line(entry) == line else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 @contextmanager
@@ -146,7 +182,7 @@ def open_manifest(out: Path) -> Iterator[Manifest]:
     """The manifest of a folder, made if it is not there, held against other processes.
 
     Raises FileExistsError for a folder of other things, FileNotFoundError without a parent,
-    BlockingIOError if another process has it.
+    BlockingIOError if another process has it, ValueError if a line was changed.
     """
     if out.exists() and not (out / MANIFEST).exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"Output {out} exists already: name another, or remove it.")
@@ -156,8 +192,18 @@ def open_manifest(out: Path) -> Iterator[Manifest]:
         )
     out.mkdir(exist_ok=True)
     with locked(out):
-        yield Manifest(out)
-        sync_folder(out)
+        manifest = Manifest(out)
+        changed = manifest.damage[: -1 if manifest.cut else None]
+        if changed:
+            raise ValueError(f"{out}/{changed[0]} Name another output.")
+        if manifest.cut:  # its image is noted again
+            os.truncate(manifest.path, manifest.path.stat().st_size - manifest.cut)
+        try:
+            yield manifest
+            sync_folder(out)
+        finally:
+            with suppress(OSError):  # it is not empty
+                out.rmdir()
 
 
 def embed_many(
@@ -173,15 +219,15 @@ def embed_many(
     """
     counts = {"done": 0, "before": 0, "failed": 0}
     for image in images:
-        if manifest.is_done(image):
-            counts["before"] += 1
-            continue
         start = time.perf_counter()
         folder = manifest.out / image.name
-        folder.parent.mkdir(parents=True, exist_ok=True)
         try:
+            if manifest.is_done(image):
+                counts["before"] += 1
+                continue
+            folder.parent.mkdir(parents=True, exist_ok=True)
             embed(image, folder)
-        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        except FAILURES as error:
             if _is_fatal(error):
                 raise
             text = " ".join(str(error).split()) or type(error).__name__

@@ -6,12 +6,13 @@ Time and memory come from a trial: the first batches and chunks of this image th
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,16 +20,26 @@ import torch
 from xt_kernels.regions import RegionGrid
 
 from .context_encoder import Memory
-from .encoding import BatchEncoder, rows_of_a_batch
+from .encoding import BatchEncoder, Features, Seen, rows_of_a_batch
 from .group_walk import REGIONS_AT_ONCE
 from .host import available_memory, current_rss, free_disk, peak_rss, reset_peak_rss
 from .mamba import MambaContextEncoder
 from .model import XT
 from .output import PREVIEW_SIDE, REGIONS_PER_BLOCK
 from .profiling import Profile
-from .reading import Key, LeftOut, Reader
+from .reading import Key, LeftOut, Reader, region_pixels
 from .source import ImageSource
-from .streaming import Precision, Visit, check_bands, drop_value, is_compiled, stream_chunks
+from .streaming import (
+    Precision,
+    Visit,
+    check_bands,
+    check_options,
+    default_batch_size,
+    drop_value,
+    is_compiled,
+    region_bytes,
+    stream_chunks,
+)
 
 PROBE_TOKENS = 1024
 """Longest sequence that the probe of a context encoder runs; longer ones are worked out."""
@@ -81,14 +92,16 @@ def plan(
     model: XT,
     source: ImageSource,
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     readers: int = 2,
     bands: Sequence[int] | None = None,
     fill: float | None = None,
     reuse: bool = True,
     drop: Any = None,
+    on_bad_tile: Literal["stop", "mask"] = "stop",
     precision: Precision | None = None,
     compile: bool | None = None,
+    heads: bool = True,
     out: str | Path = ".",
 ) -> Plan:
     """Tells what `stream` with the same arguments will take, with the model's heads; takes a few
@@ -97,39 +110,49 @@ def plan(
 
     On CUDA the memory is that of the device and its allocator; on CPU resident memory.
     """
-    check_bands(model, source, bands)
+    device = next(model.parameters()).device
+    batch_size = default_batch_size(model) if batch_size is None else batch_size
+    check_options(batch_size=batch_size, readers=readers, fill=fill, drop=drop)
+    check_options(on_bad_tile=on_bad_tile, precision=precision)
+    chosen = check_bands(model, source, bands)
     grid = model.grid(source.height, source.width)
     steps = model.walk(grid)
     rows, cols = grid.token_shape(model.stride)
     visits = sum(len(step.regions) for step in steps)
     longest = next(step for step in steps if step.emit)  # later chunks may end at the image's edge
     chunk_tokens = grid.placement(longest.regions, model.stride).length
-    device = next(model.parameters()).device
     dtype = next(model.parameters()).dtype
 
     options: dict[str, Any] = {"bands": bands, "fill": fill, "reuse": reuse, "drop": drop}
-    options |= {"precision": precision, "compile": compile}
+    options |= {"precision": precision, "compile": compile, "on_bad_tile": on_bad_tile}
     reused = 0.0
     if reuse or drop is not None:
-        chosen = None if bands is None else list(bands)
-        reader = Reader(source, grid, chosen, 0.0, drop=drop_value(source, drop))
-        reused = _equal_share(reader)
-    trial = _Trial(model, source, batch_size=batch_size, readers=readers, **options)
+        value, mask = drop_value(source, drop), on_bad_tile == "mask"
+        reader = Reader(source, grid, chosen, 0.0, keys=reuse, drop=value, mask_damage=mask)
+        reused = _equal_share(
+            reader,
+            Seen(
+                region_bytes(
+                    model, source, dtype if precision is None else getattr(torch, precision)
+                )
+            ),
+        )
+    heads = heads and len(model.group_heads) > 0
+    trial = _Trial(model, source, heads, batch_size=batch_size, readers=readers, **options)
     seconds = trial.warm_up + visits * trial.visit_seconds
     seconds += (1 - reused) * visits / trial.batch_size * trial.encode_seconds
     memory = trial.memory
     if model.context is not None and model.config.chunk_regions is None:
-        per_chunk, mix_memory = _long_mix_cost(model, chunk_tokens, device, dtype)
+        held, per_chunk, mix_memory = _chunk_cost(model, grid, device)
         seconds += len(steps) * per_chunk
-        width = model.config.dim + (model.num_features if model.output_proj is not None else 0)
-        tokens = chunk_tokens * width * dtype.itemsize
-        memory = max(memory, mix_memory) + tokens + rows * cols * model.num_features * 4
+        memory = max(memory, mix_memory) + held
     if device.type != "cuda":
         side = grid.region // model.stride
         block = side * side * REGIONS_PER_BLOCK * model.num_features * 4
         memory += 4 * block + min(grid.height * grid.width, PREVIEW_SIDE**2) * 4 * 3
-    heads_seconds, heads_memory = _heads_cost(model, grid, device, dtype)
-    seconds, memory = seconds + heads_seconds, memory + heads_memory
+    if heads:
+        heads_seconds, heads_memory = _heads_cost(model, grid, device, dtype)
+        seconds, memory = seconds + heads_seconds, memory + heads_memory
     return Plan(
         height=source.height,
         width=source.width,
@@ -162,6 +185,15 @@ def choose_precision(model: XT) -> tuple[Precision, dict[str, float]]:
     return "bfloat16" if faster else "float32", regions_per_s
 
 
+class BatchChoice(NamedTuple):
+    """A batch size; seconds a region of each one that was tried; bytes that the run takes above the
+    model, estimated."""
+
+    size: int
+    tried: dict[int, float]
+    memory: int
+
+
 def choose_batch_size(
     model: XT,
     source: ImageSource,
@@ -169,10 +201,14 @@ def choose_batch_size(
     readers: int = 2,
     memory: int | None = None,
     precision: Precision | None = None,
-) -> tuple[int, dict[int, float]]:
-    """The smallest batch size within 5 % of the fastest, and seconds a region of each one tried.
+    heads: bool = True,
+) -> BatchChoice:
+    """The smallest batch size within 5 % of the fastest of those that fit, which is judged before
+    they run, by what smaller ones took.
 
-    memory: bytes that the run may take above the model; default half of what is free.
+    memory: bytes that the run may take above the model; default half of what is free. Where the
+        context encoder or the heads alone need more, no batch size holds it: `BatchChoice.memory`
+        then is more.
     Raises ValueError if not even one region fits.
     """
     device = next(model.parameters()).device
@@ -181,8 +217,11 @@ def choose_batch_size(
         memory = (torch.cuda.mem_get_info(device)[0] if on_device else available_memory()) // 2
     window = source.bands * model.config.region**2 * source.dtype.itemsize * (readers + 2)
     tried: dict[int, float] = {}
+    needs: dict[int, int] = {}
     size, start = 1, time.perf_counter()
     while size <= (256 if device.type == "cuda" else 32):
+        if _next_need(needs) + _FIXED_BYTES > memory:
+            break
         encoder = BatchEncoder(model, size, precision and getattr(torch, precision))
         try:
             seconds, taken = _measure(encoder.encode, device)
@@ -190,7 +229,8 @@ def choose_batch_size(
             break
         if encoder.rows < size:  # it had to halve the batch
             break
-        if taken + encoder.regions.nbytes + size * window + _FIXED_BYTES > memory:
+        needs[size] = taken + encoder.regions.nbytes + size * window
+        if needs[size] + _FIXED_BYTES > memory:
             break
         tried[size] = seconds / size
         if time.perf_counter() - start > 2 * TRIAL_SECONDS:
@@ -202,7 +242,22 @@ def choose_batch_size(
             f"{_FIXED_BYTES >> 20} MiB, got {memory >> 20} MiB."
         )
     best = min(tried.values())
-    return next(size for size, each in tried.items() if each <= 1.05 * best), tried
+    size = next(size for size, each in tried.items() if each <= 1.05 * best)
+    grid = model.grid(source.height, source.width)
+    held, peak = 0, 0
+    if model.context is not None:
+        held, _, peak = _chunk_cost(model, grid, device)
+    if heads and model.group_heads:
+        peak = max(peak, _heads_cost(model, grid, device, next(model.parameters()).dtype)[1])
+    # Neither runs while a batch is encoded, but its pixels stay.
+    rest = needs[size] - size * window
+    return BatchChoice(size, tried, _FIXED_BYTES + size * window + held + max(rest, peak))
+
+
+def _next_need(needs: dict[int, int]) -> int:
+    """Bytes of the next size, twice the last: on the line through the last two, or the origin."""
+    *before, last = [0, *needs.values()]
+    return 3 * last - 2 * before[-1] if len(needs) > 1 else 2 * last
 
 
 _FIXED_BYTES = 96 << 20
@@ -214,13 +269,21 @@ class _Enough(Exception):
 
 
 class _Trial:
-    """The beginning of a run, timed.
+    """The beginning of a run, timed; of its heads only what they ask of the region encoder.
 
     encode_seconds: of one batch. visit_seconds: all else, a visit. warm_up: what the first batch
     took longer. memory: the peak, bytes above the loaded model.
     """
 
-    def __init__(self, model: XT, source: ImageSource, *, batch_size: int, **options: Any) -> None:
+    def __init__(
+        self,
+        model: XT,
+        source: ImageSource,
+        heads: bool,
+        *,
+        batch_size: int,
+        **options: Any,
+    ) -> None:
         device = next(model.parameters()).device
         grid = model.grid(source.height, source.width)
         steps = model.walk(grid)
@@ -260,6 +323,7 @@ class _Trial:
                 spans=profile,
                 on_regions=lambda *_: mark(1),
                 on_visits=on_visits,
+                stages=heads,
                 **options,
             ):
                 pass
@@ -284,25 +348,28 @@ class _Trial:
         self.warm_up += profile.seconds["compile"]
 
 
-def _equal_share(reader: Reader) -> float:
+def _equal_share(reader: Reader, seen: Seen) -> float:
     """Share of the regions that a run does not encode, from reading some, spread over the image.
 
-    Uniform regions count once a kind, those that are left out not at all.
+    seen: as the run has it, so that it forgets as much.
     """
     grid = reader.grid
     every = max(grid.num_regions // SAMPLED_REGIONS, 1)
-    seen: set[Key] = set()
     count = spared = 0
     start = time.perf_counter()
     for first in range(0, grid.num_regions, every * REGIONS_PER_BLOCK):
         regions = range(first, min(first + REGIONS_PER_BLOCK, grid.num_regions))
         for window in reader.read(regions):
-            for key in window.keys:
+            for region, key in zip(window.regions, window.keys, strict=True):
                 count += 1
-                if isinstance(key, LeftOut) or key in seen:
+                if isinstance(key, LeftOut):
                     spared += 1
-                elif isinstance(key, Key) and key.uniform:
-                    seen.add(key)
+                elif isinstance(key, Key):
+                    pixels = region_pixels(window.pixels.numpy(), grid, window.origin, region)
+                    if seen.find(key, pixels) is not None:
+                        spared += 1
+                    else:
+                        seen.add(key, pixels, Features(region))
         if time.perf_counter() - start > SAMPLE_SECONDS:
             break
     return spared / count
@@ -339,6 +406,23 @@ def _heads_cost(
         if rows * cols > 1:
             waiting = max(waiting, rows * grid.cols * region_bytes)
     return seconds, waiting + largest
+
+
+def _chunk_cost(model: XT, grid: RegionGrid, device: torch.device) -> tuple[int, float, int]:
+    """(bytes of its tokens and of the memory beside them, seconds, bytes to mix) of a chunk."""
+    assert model.context is not None
+    step = next(step for step in model.walk(grid) if step.emit)
+    tokens = grid.placement(step.regions, model.stride).length
+    dtype = next(model.parameters()).dtype
+    seconds, peak = _long_mix_cost(model, tokens, device, dtype)
+    width = model.config.dim + (model.num_features if model.output_proj is not None else 0)
+    held = tokens * width * dtype.itemsize
+    if model.config.chunk_regions is None:  # the writer has the whole map in hand
+        return held + tokens * model.num_features * 4, seconds, peak
+    if not isinstance(model.context, MambaContextEncoder) and model.context.memory_chunks:
+        length = model.context.memory_chunks * tokens
+        held += math.prod(model.context.state_shape(1, length)) * dtype.itemsize
+    return held, seconds, peak
 
 
 def _long_mix_cost(

@@ -288,6 +288,7 @@ def _optimise(path: Path, metadata: dict[str, Any], attributes: dict[str, Any]) 
         from rasterio.shutil import copy
     except ImportError:
         return
+    import errno
     import warnings
 
     plain = path.with_name(path.name + ".plain")
@@ -298,11 +299,35 @@ def _optimise(path: Path, metadata: dict[str, Any], attributes: dict[str, Any]) 
             with rasterio.open(plain, "r+") as data:
                 data.crs = rasterio.crs.CRS.from_string(metadata["crs"])
         overviews = "AVERAGE" if attributes["nodata"] is None else "MODE"  # scores, classes
-        copy(
-            plain, path, driver="COG", BLOCKSIZE=TILE, COMPRESS="DEFLATE", BIGTIFF="YES",
-            OVERVIEW_RESAMPLING=overviews, NUM_THREADS=1,
-        )  # fmt: skip
+        try:
+            with rasterio.open(plain) as data:
+                longer, levels = max(data.shape), 0
+            while longer >> levels > TILE:
+                levels += 1
+            copy(
+                plain, path, driver="COG", BLOCKSIZE=TILE, COMPRESS="DEFLATE", BIGTIFF="YES",
+                OVERVIEW_RESAMPLING=overviews, OVERVIEW_COUNT=levels, NUM_THREADS=1,
+            )  # fmt: skip
+            _decode_all(path, 1 + levels)
+        except Exception as error:
+            text = f"GDAL wrote it in part: is the disk full? ({error})"
+            raise OSError(errno.EIO, text, str(path)) from error
     plain.unlink()
+
+
+def _decode_all(path: Path, pages: int) -> None:
+    """Decodes every tile of a TIFF and of its overviews, each of which ends in a checksum.
+
+    GDAL does not tell of every write that failed.
+    """
+    import tifffile
+
+    with tifffile.TiffFile(path) as file:
+        if len(file.pages) != pages:
+            raise ValueError(f"expected {pages} levels, found {len(file.pages)}")
+        for page in file.pages:
+            for _ in page.segments():
+                pass
 
 
 def write_boxes(
