@@ -635,7 +635,8 @@ def scaled(data, factor, forms):
     data = copy.deepcopy(data)
     for bench in data["benchmarks"]:
         info = bench["extra_info"]
-        times = info["seconds"] if "first" in info else {info["form"]: info["seconds"]}
+        times = info.get("seconds")  # none where memory was not enough
+        times = times if "first" in info else {info["form"]: times}
         for form, spread in times.items():
             if isinstance(spread, dict) and forms(form):
                 spread |= {key: spread[key] * factor for key in ("median", "p20", "p80")}
