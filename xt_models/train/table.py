@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -165,7 +166,9 @@ def _run_all(
                 process = context.Process(
                     target=_work, args=(there, name, row, seed, steps, more), daemon=True
                 )
-                # The parent answers Ctrl-C and ends its workers, which are born deaf to it.
+                # The parent answers Ctrl-C and ends its workers, which are born deaf to it. A
+                # tracker that starts lets SIGINT through again: it has to be there before.
+                resource_tracker.ensure_running()
                 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
                 try:
                     process.start()
