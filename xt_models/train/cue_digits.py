@@ -60,6 +60,7 @@ class Row:
     position: tokens know their place in the "image", or in their "region" only.
     depth, causal: of the context encoder. side: of the regions that are encoded, pixels.
     each: weight of the mean loss of each chunk's own prediction, added to that of their average.
+    learning_rate: at its highest.
     ceiling: highest possible accuracy, in percent; None where nothing bounds it.
     """
 
@@ -74,9 +75,11 @@ class Row:
     causal: bool = True
     side: int = REGION
     each: float = 0.0
+    learning_rate: float = LEARNING_RATE
     ceiling: float | None = None
 
 
+MAMBA: dict[str, Any] = {"mixer": "mamba", "learning_rate": 1e-2}
 ROWS = {
     "downsampled": Row("down-sampled, no context", "small", context=False, ceiling=10.0),
     "32/32": Row("32/32, context over the one region", "small", chunk=1, ceiling=10.0),
@@ -90,20 +93,18 @@ ROWS = {
     "xl-stop-each": Row(
         "XL, stop-gradient, a loss on each chunk", chunk=1, memory="stop", each=0.5
     ),
-    "mamba": Row("Mamba over all regions", mixer="mamba"),
+    "mamba": Row("Mamba over all regions", **MAMBA),
     "mamba-no-state": Row(
-        "Mamba, no state carried", chunk=1, mixer="mamba", position="region", ceiling=43.0
+        "Mamba, no state carried", chunk=1, position="region", ceiling=43.0, **MAMBA
     ),
-    "mamba-stop": Row("Mamba, state, stop-gradient", chunk=1, mixer="mamba", memory="stop"),
-    "mamba-through": Row(
-        "Mamba, state, gradient through it", chunk=1, mixer="mamba", memory="through"
-    ),
+    "mamba-stop": Row("Mamba, state, stop-gradient", chunk=1, memory="stop", **MAMBA),
+    "mamba-through": Row("Mamba, state, gradient through it", chunk=1, memory="through", **MAMBA),
     "mamba-through-each": Row(
         "Mamba, gradient through its state, a loss on each chunk",
         chunk=1,
-        mixer="mamba",
         memory="through",
         each=0.5,
+        **MAMBA,
     ),
 }
 CEILING = "ceiling of a bag of regions, 43 %", 43.0
@@ -132,7 +133,7 @@ def check() -> None:
 def settings() -> dict[str, Any]:
     """What all runs share, for the record."""
     return {
-        "batch": BATCH, "learning_rate": LEARNING_RATE, "warm_up": WARM_UP, "clip": CLIP,
+        "batch": BATCH, "warm_up": WARM_UP, "clip": CLIP,
         "dim": DIM, "depth": DEPTH, "heads": HEADS, "test_images": 2000 * TEST_COPIES,
     }  # fmt: skip
 
@@ -227,7 +228,7 @@ class CueDigits(nn.Module):
         self.context: ContextEncoder | MambaContextEncoder | None = None
         if row.mixer == "mamba":
             self.context = MambaContextEncoder(
-                DIM, 2 * row.depth, carry=row.memory is not None, gradient=row.memory or "stop"
+                DIM, row.depth, carry=row.memory is not None, gradient=row.memory or "stop"
             )
         elif row.context:
             self.context = ContextEncoder(
@@ -309,7 +310,7 @@ def train(
     def score() -> float:
         return accuracy(model, unseen, test)
 
-    yield from learn(model, loss, score, steps, EVALUATE_EVERY, on_steps)
+    yield from learn(model, loss, score, steps, EVALUATE_EVERY, on_steps, row.learning_rate)
 
 
 def seen_region(layout: Layout) -> torch.Tensor:

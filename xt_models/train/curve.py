@@ -29,14 +29,15 @@ def learn(
     steps: int,
     every: int,
     on_steps: Callable[[int], object],
+    learning_rate: float = LEARNING_RATE,
 ) -> Iterator[Point]:
     """Trains a model and yields its curve, a point every so many steps and one at the end.
 
     loss: of a new batch. score: percent. on_steps: called with the steps just done.
 
-    AdamW at 4e-3, warm-up over a tenth, cosine to zero, gradients clipped at norm 1.
+    AdamW, warm-up over a tenth, cosine to zero, gradients clipped at norm 1.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate)
 
     def rate(step: int) -> float:
         return min(1.0, (step + 1) / (WARM_UP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
