@@ -36,7 +36,7 @@ from baselines import published_hyper_attention
 
 pytest.importorskip("triton")
 from xt_kernels._attention import Config, configs
-from xt_kernels.hyper_attention import backward, forward, order
+from xt_kernels.hyper_attention import backward, forward, level_table, order
 
 LOW = [torch.float16, torch.bfloat16, torch.float32]
 NAMES = ["out", "lse", "query", "key", "value", "memory_key", "memory_value"]
@@ -450,6 +450,9 @@ def test_the_kernels_make_the_plan_of_the_cpu_form(
         ((1, 1, 1, 600, 300, 0, 16), 1, "mean"),
         ((1, 1, 1, 300, 300, 0, 16), 8, "uniform"),
     ]
+    if is_causal and dtype == torch.float32:
+        # What comes before the square, and three levels of it, two with a tail.
+        cases.append(((2, 2, 1, 1300, 1650, 40, 16), 3, "mean"))
     for shape, bits, residual in cases:
         (query, key, _, memory, _), _ = inputs(shape, dtype, device)
         spec = Spec(is_causal, 32, 24, 256, window, residual)
@@ -599,28 +602,42 @@ class Launches(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("residual", ["mean", "sample", "none"])
 @pytest.mark.parametrize("window", ["lsh", "cluster", "tile"])
-def test_launches(monkeypatch, window, residual):
-    """At most 8 in a forward with its plan, 12 in a backward; causal ones grow with levels."""
-    low, _ = inputs(PLAIN[1], torch.float32)
-    grads, _ = grads_of(PLAIN[1], torch.float32)
-    spec = Spec(False, 32, 24, 0, window, residual)
+def test_launches(monkeypatch, window, residual, is_causal):
+    """At most 8 in a forward with its plan, 12 in a backward; a causal plan and its means take no
+    more, what attends takes as many in each level.
+    """
+    shape = (1, 2, 1, 1300, 1650, 40, 24) if is_causal else PLAIN[1]
+    low, _ = inputs(shape, torch.float32)
+    grads, _ = grads_of(shape, torch.float32)
+    spec = Spec(is_causal, 32, 24, 0, window, residual)
+    levels = plans.levels(spec, *shape[3:6])
+    hyper = len(plans.hyper_levels(spec, *shape[3:6]))
+    assert (len(levels), hyper) == ((5, 4) if is_causal else (1, 1))
     planes = plans.random_projections(24, 4, 0, torch.device("cpu")).expand(low[1].shape[1], -1, -1)
-    plans.empty_choices(spec, low[0], low[1], low[3].shape[2], 0)  # what is kept is made now
+    # What is kept is made now.
+    plans.empty_choices(spec, low[0], low[1], low[3].shape[2], 0)
+    level_table.level_table(spec, *shape[3:6], torch.device("cpu"))
     with Launches(monkeypatch) as launches:
         choices = order.launch_choices(spec, low[0], low[1], low[3], planes, 0)
         # Kernels that do nothing leave no order.
         choices.key_order.zero_()
         launches.found.remove("zero_")
         out, lse = forward.launch_forward(*low, choices, spec, 0.2, SMALL)
-        kernels = {"lsh": 5, "cluster": 6, "tile": 1}[window]
-        assert launches.found.count("kernel") == kernels + (residual == "mean")
-        assert len(launches.found) <= 8, " ".join(launches.found)
+        kernels = {"lsh": 4, "cluster": 5, "tile": 0}[window] + (residual == "mean")
+        assert launches.found.count("kernel") == kernels + len(levels)
+        # Orders, output and lse are filled first, as levels share them.
+        most = 7 + len(levels) + 5 * is_causal
+        assert len(launches.found) <= most, " ".join(launches.found)
         launches.found.clear()
         backward.launch_backward(*low, choices, out, lse, *grads, spec, 0.2, True, (SMALL, SMALL))
-        assert launches.found.count("kernel") == 2 + (residual != "none") + (residual == "mean")
-        assert len(launches.found) <= 12, " ".join(launches.found)
+        kernels = 2 * len(levels) + hyper * (residual != "none") + (residual == "mean")
+        assert launches.found.count("kernel") == kernels
+        # Sums over levels: five gradients that are set to zero.
+        most = kernels + hyper * (residual != "none") + 5 if is_causal else 12
+        assert len(launches.found) <= most, " ".join(launches.found)
 
 
 # On a CPU without the interpreter.
@@ -1035,16 +1052,18 @@ class TestOffsetsPast2To31:
         length, segments, buckets, width = 2**30, 3, 16, 256
         tiles, blocks = length // plans.TILE, length // plans.QUERY_BLOCK
         codes = sparse((length,), None, torch.uint8)
-        bases = sparse((tiles, buckets), None, torch.int32)
+        bases = sparse((segments * tiles, buckets), None, torch.int32)
         begin = torch.tensor(segments * [[0] + [length] * buckets], dtype=torch.int32)
         orders, starts = (sparse((segments * n,), None, torch.int32) for n in (length, blocks))
         programs = segments * tiles
+        table = torch.full((len(level_table.COLUMNS), 32), 2**62)
+        table[:, 0] = torch.tensor([0] * 6 + [tiles] * 2 + [0] * 2 + [length] * 2 + [0] * 3)
         with honest_interpreter(programs=lambda kernel, grid: [programs - 1]):
             order._hyper_order_kernel[(2 * programs,)](
-                codes, codes, bases, bases, begin, begin, orders, orders, starts, 1, 1, length,
-                length, tiles, tiles, 0, 0, 0, 0, segments, 0, 0, length, length, length, width,
-                blocks, 0, 0, 0, tiles, tiles, *(t.numel() for t in (orders, orders, starts)),
-                programs, BUCKETS=buckets, BLOCK=plans.QUERY_BLOCK, PART=32,
+                table, codes, codes, bases, bases, begin, begin, orders, orders, starts, 1, 1,
+                length, length, tiles, tiles, 0, 0, 0, 0, segments, programs, programs, width,
+                *(t.numel() for t in (orders, orders, starts)), programs,
+                BUCKETS=buckets, BLOCK=plans.QUERY_BLOCK, PART=32,
             )  # fmt: skip
         assert orders[2 * length : 2 * length + plans.TILE].tolist() == [
             *range(length - plans.TILE, length)
@@ -1064,7 +1083,7 @@ class TestOffsetsPast2To31:
             ("_hyper_seeds_kernel", ["cluster"], 11),
             ("_hyper_centres_kernel", ["cluster"], 6),
             ("_hyper_hash_kernel", ["lsh", "cluster"], 11),
-            ("_hyper_scan_kernel", ["lsh"], 2),
+            ("_hyper_scan_kernel", ["lsh"], 1),
         ],
     )
     def test_plan(self, kernel, windows, casts):
@@ -1075,7 +1094,7 @@ class TestOffsetsPast2To31:
             self.third_segment_in_one_bucket()
             self.plan("lsh")
 
-        assert check_mutants(order, "_hyper_order_kernel", check) >= 7
+        assert check_mutants(order, "_hyper_order_kernel", check) >= 5
 
     def forward(self):
         for plan, expected, config in self.cases:

@@ -157,9 +157,9 @@ def _hyper_attention_bwd_query_kernel(
     dq_ptr, delta_ptr, weight_ptr, q_order_ptr, k_order_ptr, start_ptr, place_ptr, residual_ptr,
     q_strides, k_strides, v_strides, mk_strides, mv_strides, out_strides, do_strides, dq_strides,
     lse_strides, dlse_strides,
-    q_order_row, k_order_row, start_row, residual_row, weight_row, mean_row, scale_parts, num_heads,
-    group, len_m, segments, step, q_begin, num_queries, q_end, k_begin, num_keys, k_end, width,
-    num_residual,
+    q_order_row, k_order_row, start_row, residual_row, weight_row, mean_segments, mean_row,
+    scale_parts, num_heads, group, len_m, segments, step, q_begin, num_queries, q_end, k_begin,
+    num_keys, k_end, width, num_residual,
     PART: tl.constexpr, RESIDUAL: tl.constexpr, ORDERED: tl.constexpr, HAS_MEMORY: tl.constexpr,
     HAS_DLSE: tl.constexpr, ACCUMULATE: tl.constexpr, PLACES: tl.constexpr,
     QUERY_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -216,7 +216,7 @@ def _hyper_attention_bwd_query_kernel(
     q_row = (q_base, q_strides, offs_m, mask_m)
     do_row = (do_base, do_strides, offs_m, mask_m)
 
-    means = offset(pid_bg * segments + segment, mean_row)
+    means = offset(pid_bg * mean_segments + segment, mean_row)
     key = (
         head_of(k_ptr, pid_b, pid_g, k_strides), head_of(mk_ptr, pid_b, pid_g, mk_strides),
         k_strides, mk_strides, len_m, mean_k_ptr + means,
@@ -311,8 +311,8 @@ def _hyper_attention_bwd_residual_kernel(
     q_ptr, k_ptr, v_ptr, mk_ptr, mv_ptr, mean_k_ptr, mean_v_ptr, do_ptr, lse_ptr, delta_ptr,
     sums_ptr, weight_ptr, q_order_ptr, k_order_ptr, start_ptr, place_ptr, residual_ptr,
     q_strides, k_strides, v_strides, mk_strides, mv_strides, do_strides, lse_strides,
-    q_order_row, k_order_row, start_row, residual_row, weight_row, mean_row, sums_row, scale_parts,
-    num_key_heads, group, len_m,
+    q_order_row, k_order_row, start_row, residual_row, weight_row, mean_segments, mean_row,
+    sums_row, scale_parts, num_key_heads, group, len_m,
     segments, step, q_begin, num_queries, q_end, k_begin, num_keys, k_end, width, num_residual,
     slice_blocks, programs,
     PART: tl.constexpr, RESIDUAL: tl.constexpr, ORDERED: tl.constexpr, HAS_MEMORY: tl.constexpr,
@@ -329,7 +329,7 @@ def _hyper_attention_bwd_residual_kernel(
     q_first = q_begin + segment * step
     count = tl.minimum(num_queries, q_end - q_first)
     scale_log2 = scale_of(scale_parts, ACC) * LOG2E
-    means = offset(pid_bgs, mean_row)
+    means = offset(pid_bg * mean_segments + segment, mean_row)
     key = (
         head_of(k_ptr, pid_b, pid_g, k_strides), head_of(mk_ptr, pid_b, pid_g, mk_strides),
         k_strides, mk_strides, len_m, mean_k_ptr + means,
@@ -554,8 +554,9 @@ def launch_backward(
     query_config = chosen[0] or configs(QUERY, (*tensors, dq))[0]
     key_config = chosen[1] or configs(KEY, (*tensors, dk, dv, dmk, dmv))[0]
     strides = [t.stride() for t in (query, key, value, *memory)]
+    all_means = launch_means(key, value, memory, len_m, choices, spec, length)
     for level in found:
-        means = launch_means(key, value, memory, len_m, choices, level, spec)
+        means, mean_rows = all_means.of(level)
         plan_tensors, rows = place_of(level, choices)
         common = {**part_of(level, spec), "HAS_MEMORY": len_m > 0, "QUERY_BLOCK": QUERY_BLOCK}
         sizes = (
@@ -572,7 +573,7 @@ def launch_backward(
             _hyper_attention_bwd_query_kernel[(programs, triton.cdiv(head_dim, block_o))](
                 query, key, value, *memory, *means, out, grad_out, lse, dlse, dq, delta, weights,
                 *plan_tensors, *strides, out.stride(), grad_out.stride(), dq.stride(),
-                lse.stride(), dlse.stride(), *rows, means[0].stride(0), parts,
+                lse.stride(), dlse.stride(), *rows, *mean_rows, parts,
                 heads, heads // groups, len_m, *sizes, **common, ACCUMULATE=several,
                 HAS_DLSE=grad_lse is not None, BLOCK_C=block_c, BLOCK_O=block_o,
                 **launch_options(query, query_config),
@@ -590,7 +591,7 @@ def launch_backward(
             _hyper_attention_bwd_residual_kernel[(slices * programs * tiles,)](
                 query, key, value, *memory, *means, grad_out, lse, delta, sums, weights,
                 *plan_tensors, *strides, grad_out.stride(), lse.stride(), *rows,
-                means[0].stride(0), sums.stride(1), parts, groups, heads // groups, len_m, *sizes,
+                *mean_rows, sums.stride(1), parts, groups, heads // groups, len_m, *sizes,
                 slice_blocks, programs, **common, **launch_options(query, residual_config),
             )  # fmt: skip
             sums = torch.sum(sums, 0, out=rows_for(shape[1:], delta.dtype, query.device))

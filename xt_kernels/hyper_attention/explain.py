@@ -106,12 +106,12 @@ def explain(
     seen = sum(level.count_pairs(level.width + level.num_residual) for level in found)
     hyper = [level for level in found if not level.is_exact]
     slots = sum(level.segments * heads * level.num_blocks for level in hyper)
-    if spec.is_ordered:
-        queries, keys = (
-            sum(level.segments * getattr(level, name) for level in hyper)
-            for name in ("num_queries", "num_keys")
-        )
-        slots += heads * queries + groups * keys
+    queries, keys = (
+        sum(level.segments * getattr(level, name) for level in hyper)
+        for name in ("num_queries", "num_keys")
+    )
+    ordered = heads * queries + groups * keys if spec.is_ordered else 0
+    slots += ordered
     if residual in ("sample", "uniform"):
         slots += groups * sum(level.segments * level.num_residual for level in hyper)
     if is_cpu:
@@ -121,12 +121,14 @@ def explain(
         if is_in_parts(found):
             scratch += num_queries * head_dim * wide * (heads // max(1, groups))
     else:
-        means = max((level.segments * level.num_residual for level in hyper), default=0)
+        means = sum(level.segments * level.num_residual for level in hyper)
         scratch = 2 * batch * groups * means * head_dim * item if residual == "mean" else 0
         if spec.is_ordered:
-            # A byte of hash, and this token's share of two counts of each bucket in its tile.
-            per_token = 1 + 2 * 4 * 2**lsh_num_projs / TILE
-            scratch += int(batch * (heads * num_queries + groups * total) * per_token)
+            # A byte of hash, and a share of a count of each bucket in a tile: of all tokens, and
+            # again in each level.
+            count = 4 * 2**lsh_num_projs / TILE
+            tokens = heads * num_queries + groups * total
+            scratch += int(batch * (tokens * (1 + count) + ordered * count))
         if is_in_parts(found):
             scratch += batch * heads * num_queries * head_dim * wide
     return Explanation(

@@ -16,6 +16,7 @@ row_max = lse, row_sum = 1. Between levels out is fp32. Scores and sums are fp32
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import triton
@@ -38,6 +39,16 @@ from .._attention import (
     scale_parts,
 )
 from .._tiles import offset, split
+from .level_table import (
+    K_BEGIN,
+    K_OFFSET,
+    KEYS,
+    SEGMENT,
+    STEP,
+    level_of,
+    level_table,
+    of_level,
+)
 from .plan import QUERY_BLOCK, Choices, Level, Spec, is_in_parts, levels
 
 # As the tables of xl_attention: chosen by reading the code that comes out, not yet by time.
@@ -219,9 +230,9 @@ def _hyper_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, mk_ptr, mv_ptr, mean_k_ptr, mean_v_ptr, out_ptr, lse_ptr,
     q_order_ptr, k_order_ptr, start_ptr, place_ptr, residual_ptr,
     q_strides, k_strides, v_strides, mk_strides, mv_strides, out_strides, lse_strides,
-    q_order_row, k_order_row, start_row, residual_row, mean_row, scale_parts, num_heads, group,
-    len_m, segments, step, q_begin, num_queries, q_end, k_begin, num_keys, k_end, width,
-    num_residual,
+    q_order_row, k_order_row, start_row, residual_row, mean_segments, mean_row, scale_parts,
+    num_heads, group, len_m, segments, step, q_begin, num_queries, q_end, k_begin, num_keys, k_end,
+    width, num_residual,
     PART: tl.constexpr, RESIDUAL: tl.constexpr, ORDERED: tl.constexpr, HAS_MEMORY: tl.constexpr,
     ACCUMULATE: tl.constexpr, PLACES: tl.constexpr, QUERY_BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -259,7 +270,7 @@ def _hyper_attention_fwd_kernel(
         row_max = tl.full([BLOCK_M], float("-inf"), ACC)
         row_sum = tl.zeros([BLOCK_M], ACC)
 
-    means = offset(pid_bg * segments + segment, mean_row)
+    means = offset(pid_bg * mean_segments + segment, mean_row)
     key = (
         head_of(k_ptr, pid_b, pid_g, k_strides), head_of(mk_ptr, pid_b, pid_g, mk_strides),
         k_strides, mk_strides, len_m, mean_k_ptr + means,
@@ -323,17 +334,19 @@ def _hyper_attention_fwd_kernel(
 
 @triton.jit
 def _hyper_attention_mean_kernel(
-    k_ptr, v_ptr, mk_ptr, mv_ptr, mean_k_ptr, mean_v_ptr, k_order_ptr,
+    table_ptr, k_ptr, v_ptr, mk_ptr, mv_ptr, mean_k_ptr, mean_v_ptr, k_order_ptr,
     k_strides, v_strides, mk_strides, mv_strides, k_order_row, mean_row, num_key_heads, len_m,
-    segments, step, k_begin, num_keys, num_residual,
+    segments, num_residual,
     ORDERED: tl.constexpr, HAS_MEMORY: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Mean key and value `[B groups segments, m, D]` of one stratum of ordered keys."""
-    pid = tl.program_id(0)
-    pid_bgs, j = split(pid, num_residual)
-    pid_bg, segment = split(pid_bgs, segments)
+    """Mean key and value `[B groups, segments of all levels, m, D]` of a stratum."""
+    pid_bgs, j = split(tl.program_id(0), num_residual)
+    pid_bg, place = split(pid_bgs, segments)
     pid_b, pid_g = split(pid_bg, num_key_heads)
+    level = level_of(table_ptr, SEGMENT, place)
+    segment = place - of_level(table_ptr, SEGMENT, level)
+    num_keys = of_level(table_ptr, KEYS, level).to(tl.int32)
     offs_d, row = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     key = (
         head_of(k_ptr, pid_b, pid_g, k_strides), head_of(mk_ptr, pid_b, pid_g, mk_strides),
@@ -343,13 +356,15 @@ def _hyper_attention_mean_kernel(
         head_of(v_ptr, pid_b, pid_g, v_strides), head_of(mv_ptr, pid_b, pid_g, mv_strides),
         v_strides, mv_strides, len_m, mean_v_ptr,
     )  # fmt: skip
-    k_order = k_order_ptr + offset(pid_bg, k_order_row) + segment * num_keys
+    k_first = of_level(table_ptr, K_BEGIN, level) + segment * of_level(table_ptr, STEP, level)
+    k_first = k_first.to(tl.int32)
+    k_order = k_order_ptr + offset(pid_bg, k_order_row) + of_level(table_ptr, K_OFFSET, level)
+    k_order += segment * num_keys
     begin, end = stratum(j, num_keys, num_residual), stratum(j + 1, num_keys, num_residual)
     k_sum, v_sum = tl.zeros([BLOCK_D], ACC), tl.zeros([BLOCK_D], ACC)
     for first in range(begin, end, BLOCK_N):
-        place = first + row
-        mask = place < end
-        index = ordered(k_order, place, mask, k_begin + segment * step, ORDERED)
+        mask = first + row < end
+        index = ordered(k_order, first + row, mask, k_first, ORDERED)
         k = key_tile(key, index, mask, offs_d, False, HEAD_DIM, HAS_MEMORY)
         v = key_tile(value, index, mask, offs_d, False, HEAD_DIM, HAS_MEMORY)
         k_sum += tl.sum(k.to(ACC), 0)
@@ -357,9 +372,9 @@ def _hyper_attention_mean_kernel(
     size = (end - begin).to(ACC)
     mask = offs_d < HEAD_DIM
     dtype = mean_k_ptr.dtype.element_ty
-    place = offset(pid_bgs, mean_row) + j * HEAD_DIM + offs_d
-    tl.store(mean_k_ptr + place, (k_sum / size).to(dtype), mask=mask)
-    tl.store(mean_v_ptr + place, (v_sum / size).to(dtype), mask=mask)
+    mean = offset(pid_bgs, mean_row) + j * HEAD_DIM + offs_d
+    tl.store(mean_k_ptr + mean, (k_sum / size).to(dtype), mask=mask)
+    tl.store(mean_v_ptr + mean, (v_sum / size).to(dtype), mask=mask)
 
 
 def part_of(level: Level, spec: Spec) -> dict:
@@ -395,33 +410,49 @@ def rows_for(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     return torch.empty(shape, dtype=dtype, device=device)
 
 
+class Means(NamedTuple):
+    """Mean keys and values `[B groups, segments of all levels, m, D]`, if there are any."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    exist: bool
+
+    def of(self, level: Level) -> tuple[list[torch.Tensor], tuple[int, int]]:
+        """The level's part of both, the segments of a head, and how far apart they lie."""
+        first = level.first_segment if self.exist else 0
+        parts = [means[:, first:] for means in (self.key, self.value)]
+        return parts, (self.key.shape[1], self.key.stride(1))
+
+
 def launch_means(
     key: torch.Tensor,
     value: torch.Tensor,
     memory: tuple[torch.Tensor, torch.Tensor],
     len_m: int,
     choices: Choices,
-    level: Level,
     spec: Spec,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean keys and values `[B groups segments, m, D]`; key and value where there are none."""
-    if level.is_exact or spec.residual != "mean":
-        return key, value
-    batch, groups, _, head_dim = key.shape
-    shape = (batch * groups * level.segments, level.num_residual, head_dim)
-    mean_key, mean_value = (rows_for(shape, key.dtype, key.device) for _ in range(2))
-    tensors, rows = place_of(level, choices)
+    num_queries: int,
+) -> Means:
+    """The means of all levels."""
+    batch, groups, num_keys, head_dim = key.shape
+    if spec.residual != "mean":
+        return Means(key, value, False)
+    table = level_table(spec, num_queries, num_keys, len_m, key.device)
+    shape = (batch * groups, table.segments, spec.sample_size, head_dim)
+    means = [rows_for(shape, key.dtype, key.device) for _ in range(2)]
     block_d = triton.next_power_of_2(head_dim)
-    _hyper_attention_mean_kernel[(shape[0] * shape[1],)](
-        key, value, *memory, mean_key, mean_value, tensors[1],
-        key.stride(), value.stride(), *[m.stride() for m in memory], rows[1],
-        mean_key.stride(0), groups, len_m, level.segments, level.step, level.k_begin,
-        level.num_keys, level.num_residual,
-        ORDERED=spec.is_ordered, HAS_MEMORY=len_m > 0, HEAD_DIM=head_dim, BLOCK_D=block_d,
-        BLOCK_N=1024 // block_d, num_warps=4, num_stages=1,
-        ACC=tl.float64 if key.dtype == torch.float64 else tl.float32,
-    )  # fmt: skip
-    return mean_key, mean_value
+    programs = shape[0] * shape[1] * shape[2]
+    if programs:
+        _hyper_attention_mean_kernel[(programs,)](
+            table.numbers, key, value, *memory, *means, choices.key_order,
+            key.stride(), value.stride(), *[m.stride() for m in memory],
+            choices.key_order.stride(1), means[0].stride(1), groups, len_m, table.segments,
+            spec.sample_size,
+            ORDERED=spec.is_ordered, HAS_MEMORY=len_m > 0, HEAD_DIM=head_dim, BLOCK_D=block_d,
+            BLOCK_N=1024 // block_d, num_warps=4, num_stages=1,
+            ACC=tl.float64 if key.dtype == torch.float64 else tl.float32,
+        )  # fmt: skip
+    return Means(*means, True)
 
 
 def launch_forward(
@@ -446,8 +477,9 @@ def launch_forward(
     if several:
         out.zero_()
         lse.fill_(float("-inf"))
+    all_means = launch_means(key, value, memory, len_m, choices, spec, length)
     for level in found:
-        means = launch_means(key, value, memory, len_m, choices, level, spec)
+        means, mean_rows = all_means.of(level)
         chosen = config or configs(FORWARD, (query, key, value, *memory, out))[0]
         tiles = triton.cdiv(level.num_queries, chosen.block_m)
         programs = batch * heads * level.segments * tiles
@@ -457,7 +489,7 @@ def launch_forward(
         _hyper_attention_fwd_kernel[(programs,)](
             query, key, value, *memory, *means, out, lse, *tensors,
             query.stride(), key.stride(), value.stride(), *[m.stride() for m in memory],
-            out.stride(), lse.stride(), *rows, means[0].stride(0), scale_parts(scale),
+            out.stride(), lse.stride(), *rows, *mean_rows, scale_parts(scale),
             heads, heads // key.shape[1], len_m, level.segments, level.step, level.q_begin,
             level.num_queries, level.q_end, level.k_begin, level.num_keys, level.k_end,
             level.width, level.num_residual, **part_of(level, spec), HAS_MEMORY=len_m > 0,
@@ -498,7 +530,13 @@ def aot_case(
     for name in names:
         if name.endswith("_ptr"):
             signature[name] = (
-                "*i32" if name in integers else "*fp32" if name in fp32 else f"*{element}"
+                "*i64"
+                if name == "table_ptr"
+                else "*i32"
+                if name in integers
+                else "*fp32"
+                if name in fp32
+                else f"*{element}"
             )
         elif name.endswith("_strides"):
             signature[name] = _ROWS if name in ("lse_strides", "dlse_strides") else _HEAD
@@ -506,6 +544,7 @@ def aot_case(
             signature[name] = ("fp32", "fp32")
         elif name.islower():
             signature[name] = "i32"
+    signature.update({"table_ptr": "*i64"} if "table_ptr" in names else {})
     constants = {
         **_PARTS[part], "HAS_MEMORY": True, "NEEDS_MEMORY": True, "HAS_DLSE": True,
         "ACCUMULATE": accumulate, "QUERY_BLOCK": QUERY_BLOCK, "HEAD_DIM": head_dim,

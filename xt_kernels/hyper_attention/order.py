@@ -11,9 +11,9 @@ For clusters, two launches stand for the first:
     seeds    keys in the order of their hashes, and the middles of keys and of queries
     centres  the mean of those sampled keys that are nearest to a seed
 
-Planes and hashes are computed in fp32: products of 16-bit numbers are exact there. The last two are
-launched once a level, on the hashes and counts that all levels share: segments begin at tiles.
-Scratch is 5 bytes a token at 128 buckets: its hash, and its share of two counts.
+Planes and hashes are computed in fp32: products of 16-bit numbers are exact there. The last two
+take all levels at once, on hashes and counts that levels share: segments begin at tiles. Scratch is
+3 bytes a token at 128 buckets, its hash and its share of a count, and 2 more in each level.
 """
 
 from collections.abc import Iterator
@@ -26,6 +26,26 @@ import triton.language as tl
 from .._aot import AotCase
 from .._attention import MAX_REGISTERS, head_of, key_places
 from .._tiles import offset, split
+from .level_table import (
+    BLOCK_OFFSET,
+    K_LENGTH,
+    K_OFFSET,
+    K_PLACE,
+    K_TILE,
+    KEYS,
+    Q_BEGIN,
+    Q_LENGTH,
+    Q_OFFSET,
+    Q_PLACE,
+    Q_TILE,
+    QUERIES,
+    SEGMENT,
+    STEP,
+    level_of,
+    level_table,
+    of_level,
+    tiles_of,
+)
 from .plan import (
     GOLDEN,
     QUERY_BLOCK,
@@ -370,60 +390,74 @@ def _hyper_hash_kernel(
 
 @triton.jit
 def _hyper_scan_kernel(
-    q_count_ptr, k_count_ptr, q_base_ptr, k_base_ptr, q_begin_ptr, k_begin_ptr, q_tiles, k_tiles,
-    segments, q_first, k_first, tile_step, q_length, k_length, q_programs,
+    table_ptr, q_count_ptr, k_count_ptr, q_base_ptr, k_base_ptr, q_begin_ptr, k_begin_ptr, q_tiles,
+    k_tiles, segments, q_places, k_places, q_programs,
     BUCKETS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Where (tile, bucket) begins in its segment's order `[tiles, buckets]`, and each bucket.
+    """Where (tile, bucket) begins in its segment's order `[places, buckets]`, and each bucket.
 
-    Buckets begin at `[buckets + 1]` places, the last being the segment's length.
+    Buckets begin at `[segments, buckets + 1]` places, the last being the segment's length. Segments
+    are those of all levels; so are places, a tile's in each level that has it.
     """
     pid = tl.program_id(0)
     is_key = pid >= q_programs
-    pid_bh, segment = split(tl.where(is_key, pid - q_programs, pid), segments)
+    pid_bh, place = split(tl.where(is_key, pid - q_programs, pid), segments)
+    level = level_of(table_ptr, SEGMENT, place)
+    segment = place - of_level(table_ptr, SEGMENT, level)
     tiles = tl.where(is_key, k_tiles, q_tiles)
-    first = tl.where(is_key, k_first, q_first) + segment * tile_step
-    last = tl.minimum(first + tl.where(is_key, k_length, q_length), tiles)
+    length = of_level(table_ptr, tl.where(is_key, K_LENGTH, Q_LENGTH), level)
+    first = of_level(table_ptr, tl.where(is_key, K_TILE, Q_TILE), level)
+    first += segment * (of_level(table_ptr, STEP, level) // TILE_)
+    count = tl.minimum(length, tiles - first)
+    first_place = of_level(table_ptr, tl.where(is_key, K_PLACE, Q_PLACE), level)
+    # The table's numbers are 64-bit; what counts programs, or tiles of all heads, fits in 32 bits.
+    first_place += segment * length + pid_bh * tl.where(is_key, k_places, q_places)
     offs_b, row = tl.arange(0, BUCKETS), tl.arange(0, ROWS)
-    head = offset(pid_bh, 1) * tiles * BUCKETS
-    counts = tl.where(is_key, k_count_ptr, q_count_ptr) + head
-    bases = tl.where(is_key, k_base_ptr, q_base_ptr) + head
+    counts = tl.where(is_key, k_count_ptr, q_count_ptr)
+    counts += (pid_bh * tiles + first) * BUCKETS
+    bases = tl.where(is_key, k_base_ptr, q_base_ptr) + first_place * BUCKETS
     total = tl.zeros([BUCKETS], tl.int32)
-    for tile in range(first, last, ROWS):
-        place = (tile + row)[:, None] * BUCKETS + offs_b[None, :]
-        mask = (tile + row < last)[:, None]
-        total += tl.sum(tl.load(counts + place, mask=mask, other=0), 0)
+    for tile in range(0, count, ROWS):
+        ptrs = (tile + row)[:, None] * BUCKETS + offs_b[None, :]
+        mask = (tile + row < count)[:, None]
+        total += tl.sum(tl.load(counts + ptrs, mask=mask, other=0), 0)
     begin = tl.cumsum(total, 0) - total
     begin_ptrs = tl.where(is_key, k_begin_ptr, q_begin_ptr)
-    begin_ptrs += offset(pid_bh * segments + segment, BUCKETS + 1)
+    begin_ptrs += offset(pid_bh * segments + place, BUCKETS + 1)
     tl.store(begin_ptrs + offs_b, begin)
     tl.store(begin_ptrs + BUCKETS, tl.sum(total, 0))
-    for tile in range(first, last, ROWS):
-        place = (tile + row)[:, None] * BUCKETS + offs_b[None, :]
-        mask = (tile + row < last)[:, None]
-        count = tl.load(counts + place, mask=mask, other=0)
-        tl.store(bases + place, begin[None, :] + tl.cumsum(count, 0) - count, mask=mask)
-        begin += tl.sum(count, 0)
+    for tile in range(0, count, ROWS):
+        ptrs = (tile + row)[:, None] * BUCKETS + offs_b[None, :]
+        mask = (tile + row < count)[:, None]
+        found = tl.load(counts + ptrs, mask=mask, other=0)
+        tl.store(bases + ptrs, begin[None, :] + tl.cumsum(found, 0) - found, mask=mask)
+        begin += tl.sum(found, 0)
 
 
 @triton.jit
 def _hyper_order_kernel(
-    q_code_ptr, k_code_ptr, q_base_ptr, k_base_ptr, q_begin_ptr, k_begin_ptr, q_order_ptr,
-    k_order_ptr, start_ptr, num_heads, group, len_q, total_k, q_tiles, k_tiles, q_cut, k_cut,
-    q_first_tiles, k_first_tiles, segments, step, q_begin, q_end, num_queries, num_keys, width,
-    num_blocks, q_first, k_first, tile_step, q_length, k_length, q_row, k_row, start_row,
-    q_programs,
+    table_ptr, q_code_ptr, k_code_ptr, q_base_ptr, k_base_ptr, q_begin_ptr, k_begin_ptr,
+    q_order_ptr, k_order_ptr, start_ptr, num_heads, group, len_q, total_k, q_tiles, k_tiles, q_cut,
+    k_cut, q_first_tiles, k_first_tiles, segments, q_places, k_places, width, q_row, k_row,
+    start_row, q_programs,
     BUCKETS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Places the tokens of a tile in the order of its segment; the windows of its query blocks."""
     pid = tl.program_id(0)
     is_key = pid >= q_programs
-    per_segment = tl.where(is_key, num_keys, num_queries)
-    pid_tile = tl.where(is_key, pid - q_programs, pid)
-    pid_bhs, tile = split(pid_tile, tl.where(is_key, k_length, q_length))
-    pid_bh, segment = split(pid_bhs, segments)
+    places = tl.where(is_key, k_places, q_places)
+    pid_bh, place = split(tl.where(is_key, pid - q_programs, pid), places)
+    first_place = tl.where(is_key, K_PLACE, Q_PLACE)
+    level = level_of(table_ptr, first_place, place)
+    # What counts tokens or tiles of one sequence fits in 32 bits.
+    step = of_level(table_ptr, STEP, level).to(tl.int32)
+    in_level = place - of_level(table_ptr, first_place, level).to(tl.int32)
+    segment, tile = split(
+        in_level, of_level(table_ptr, tl.where(is_key, K_LENGTH, Q_LENGTH), level).to(tl.int32)
+    )
+    own = of_level(table_ptr, tl.where(is_key, K_TILE, Q_TILE), level).to(tl.int32)
+    own += segment * (step // TILE_) + tile
     tiles = tl.where(is_key, k_tiles, q_tiles)
-    own = tl.where(is_key, k_first, q_first) + segment * tile_step + tile
     length = tl.where(is_key, total_k, len_q)
     begin, end = _tile_begin(
         own, tl.where(is_key, k_first_tiles, q_first_tiles), tl.where(is_key, k_cut, q_cut), length
@@ -441,21 +475,27 @@ def _hyper_order_kernel(
         other = tl.load(codes + begin + first + part, mask=begin + first + part < end, other=0)
         equal = code[:, None] == other.to(tl.int32)[None, :]
         rank += tl.sum((equal & ((first + part)[None, :] < offs[:, None])).to(tl.int32), 1)
-    bases = tl.where(is_key, k_base_ptr, q_base_ptr) + offset(pid_bh * tiles + own, BUCKETS)
-    place = tl.load(bases + code, mask=mask, other=0) + rank
+    bases = tl.where(is_key, k_base_ptr, q_base_ptr) + offset(pid_bh * places + place, BUCKETS)
+    rank += tl.load(bases + code, mask=mask, other=0)
     orders = tl.where(is_key, k_order_ptr, q_order_ptr)
-    orders += offset(pid_bh, tl.where(is_key, k_row, q_row)) + offset(segment, per_segment)
-    tl.store(orders + place, index, mask=mask)
+    orders += offset(pid_bh, tl.where(is_key, k_row, q_row))
+    orders += of_level(table_ptr, tl.where(is_key, K_OFFSET, Q_OFFSET), level)
+    orders += segment * of_level(table_ptr, tl.where(is_key, KEYS, QUERIES), level)
+    tl.store(orders + rank, index, mask=mask)
 
     if not is_key:
+        num_queries = of_level(table_ptr, QUERIES, level).to(tl.int32)
+        num_keys = of_level(table_ptr, KEYS, level).to(tl.int32)
+        num_blocks = tl.cdiv(num_queries, BLOCK)
         block = tile * (TILE_ // BLOCK) + tl.arange(0, TILE_ // BLOCK)
-        first = q_begin + segment * step
-        count = tl.minimum(first + num_queries, q_end) - first
+        first = of_level(table_ptr, Q_BEGIN, level).to(tl.int32) + segment * step
+        count = tl.minimum(first + num_queries, len_q) - first
         middle = tl.minimum(block * BLOCK + BLOCK // 2, count - 1)
-        q_begins = q_begin_ptr + offset(pid_bhs, BUCKETS + 1)
+        of_segment = of_level(table_ptr, SEGMENT, level) + segment
+        q_begins = q_begin_ptr + (pid_bh * segments + of_segment) * (BUCKETS + 1)
         pid_b, pid_h = split(pid_bh, num_heads)
         pid_bg = pid_b * (num_heads // group) + pid_h // group
-        k_begins = k_begin_ptr + offset(pid_bg * segments + segment, BUCKETS + 1)
+        k_begins = k_begin_ptr + (pid_bg * segments + of_segment) * (BUCKETS + 1)
         offs_b = tl.arange(0, BUCKETS)
         ends = tl.load(q_begins + 1 + offs_b)
         bucket = tl.sum((ends[None, :] <= middle[:, None]).to(tl.int32), 1)
@@ -468,6 +508,7 @@ def _hyper_order_kernel(
         start = k_from + ahead.to(tl.int32) - width // 2
         start = tl.minimum(tl.maximum(start, 0), num_keys - width)
         starts = start_ptr + offset(pid_bh, start_row) + segment * num_blocks
+        starts += of_level(table_ptr, BLOCK_OFFSET, level)
         tl.store(starts + block, start, mask=block < num_blocks)
 
 
@@ -524,12 +565,8 @@ def launch_choices(
         )  # fmt: skip
         rows, warps = rows_at_a_time(query.dtype, block_d), hash_warps(block_d)
 
-    # Two runs each: what comes before the causal square, and the square.
-    square = min(len_q, len_k) if spec.is_causal else max(len_q, len_m + len_k)
-    cuts = max(len_q - square, 0), max(len_m + len_k - square, 0)
-    firsts = [triton.cdiv(cut, TILE) for cut in cuts]
-    q_tiles = firsts[0] + triton.cdiv(len_q - cuts[0], TILE)
-    k_tiles = firsts[1] + triton.cdiv(len_m + len_k - cuts[1], TILE)
+    sizes = len_q, len_k, len_m
+    q_tiles, k_tiles, cuts, firsts = tiles_of(spec, *sizes)
     q_code = empty(batch, heads, len_q, dtype=torch.uint8)
     k_code = empty(batch, groups, len_m + len_k, dtype=torch.uint8)
     q_count, k_count = empty(batch, heads, q_tiles, buckets), empty(batch, groups, k_tiles, buckets)
@@ -542,37 +579,24 @@ def launch_choices(
         maxnreg=MAX_REGISTERS,
     )  # fmt: skip
 
-    q_base, k_base = empty(*q_count.shape), empty(*k_count.shape)
-    for level in hyper:
-        # A segment of the causal square begins at a tile of the second run; others at the first.
-        q_first = firsts[0] + (level.q_begin - cuts[0]) // TILE if level.step else 0
-        k_first = firsts[1] + (level.k_begin - cuts[1]) // TILE if level.step else 0
-        tile_step = level.step // TILE
-        q_length = triton.cdiv(level.num_queries, TILE) if level.step else q_tiles
-        k_length = triton.cdiv(level.num_keys, TILE) if level.step or spec.is_causal else k_tiles
-        q_begin = empty(batch, heads, level.segments, buckets + 1)
-        k_begin = empty(batch, groups, level.segments, buckets + 1)
-        q_programs, k_programs = (batch * n * level.segments for n in (heads, groups))
-        _hyper_scan_kernel[(q_programs + k_programs,)](
-            q_count, k_count, q_base, k_base, q_begin, k_begin, q_tiles, k_tiles,
-            level.segments, q_first, k_first, tile_step, q_length, k_length, q_programs,
-            BUCKETS=buckets, ROWS=32, num_warps=4, maxnreg=MAX_REGISTERS,
-        )  # fmt: skip
-        q_order = choices.query_order[:, :, level.q_offset :]
-        k_order = choices.key_order[:, :, level.k_offset :]
-        starts = choices.window_start[:, :, level.block_offset :]
-        order_rows = [t.stride(1) for t in (q_order, k_order, starts)]
-        q_programs, k_programs = q_programs * q_length, k_programs * k_length
-        _hyper_order_kernel[(q_programs + k_programs,)](
-            q_code, k_code, q_base, k_base, q_begin, k_begin, q_order, k_order, starts,
-            heads, heads // groups, len_q, len_m + len_k, q_tiles, k_tiles, *cuts, *firsts,
-            level.segments, level.step, level.q_begin, level.q_end, level.num_queries,
-            level.num_keys, level.width, level.num_blocks, q_first, k_first, tile_step,
-            q_length, k_length, *order_rows, q_programs,
-            BUCKETS=buckets, BLOCK=QUERY_BLOCK, PART=32, num_warps=8,
-            maxnreg=MAX_REGISTERS,
-        )  # fmt: skip
-    drawn = drawn_places(spec, len_q, len_k, len_m, seed, key.device)
+    table, segments, q_places, k_places = level_table(spec, *sizes, query.device)
+    q_base, k_base = empty(batch, heads, q_places, buckets), empty(batch, groups, k_places, buckets)
+    q_begin = empty(batch, heads, segments, buckets + 1)
+    k_begin = empty(batch, groups, segments, buckets + 1)
+    q_heads, k_heads = batch * heads, batch * groups
+    _hyper_scan_kernel[((q_heads + k_heads) * segments,)](
+        table, q_count, k_count, q_base, k_base, q_begin, k_begin, q_tiles, k_tiles, segments,
+        q_places, k_places, q_heads * segments,
+        BUCKETS=buckets, ROWS=32, num_warps=4, maxnreg=MAX_REGISTERS,
+    )  # fmt: skip
+    orders = choices[:3]
+    _hyper_order_kernel[(q_heads * q_places + k_heads * k_places,)](
+        table, q_code, k_code, q_base, k_base, q_begin, k_begin, *orders,
+        heads, heads // groups, len_q, len_m + len_k, q_tiles, k_tiles, *cuts, *firsts, segments,
+        q_places, k_places, spec.block_size, *[t.stride(1) for t in orders], q_heads * q_places,
+        BUCKETS=buckets, BLOCK=QUERY_BLOCK, PART=32, num_warps=8, maxnreg=MAX_REGISTERS,
+    )  # fmt: skip
+    drawn = drawn_places(spec, *sizes, seed, key.device)
     return with_residual_keys(choices, drawn.in_order)
 
 
@@ -597,6 +621,7 @@ def aot_cases() -> Iterator[AotCase]:
         **dict.fromkeys(("q_ptr", "k_ptr", "mk_ptr", "planes_ptr", "seed_ptr", "centre_ptr")),
         **dict.fromkeys(("random_ptr", "threshold_ptr", "middle_ptr"), "*fp32"),
         **dict.fromkeys(("q_code_ptr", "k_code_ptr"), "*u8"),
+        "table_ptr": "*i64",
     }
 
     def case(name: str, kernel, dtype: str, constants: dict, warps: int) -> AotCase:

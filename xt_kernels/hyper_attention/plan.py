@@ -83,7 +83,7 @@ class Level:
     Segment s holds the queries `q_begin + s step + [0, num_queries)` below `q_end` and the keys
     `k_begin + s step + [0, num_keys)` below `k_end`, which count through memory and then `key`.
     The offsets say where the level begins in the plan's tensors: its queries, its keys, its blocks
-    of queries, its residual keys.
+    of queries, its residual keys; first_segment, where among the segments of all hyper levels.
     """
 
     segments: int
@@ -102,6 +102,7 @@ class Level:
     k_offset: int = 0
     block_offset: int = 0
     residual_offset: int = 0
+    first_segment: int = 0
 
     @property
     def is_exact(self) -> bool:
@@ -191,12 +192,12 @@ def is_in_parts(found: tuple[Level, ...]) -> bool:
 def _placed(found: list[Level], spec: Spec, num_memory: int) -> tuple[Level, ...]:
     """The levels with their windows, and with their places in the plan's tensors."""
     placed = []
-    offsets = [0, 0, 0, 0]
+    offsets = [0, 0, 0, 0, 0]
     for level in found:
         if level.is_causal or level.num_keys <= spec.budget:
             placed.append(replace(level, width=level.num_keys))
             continue
-        q, k, block, residual = offsets
+        q, k, block, residual, segment = offsets
         level = replace(
             level,
             width=spec.block_size,
@@ -206,9 +207,10 @@ def _placed(found: list[Level], spec: Spec, num_memory: int) -> tuple[Level, ...
             k_offset=k,
             block_offset=block,
             residual_offset=residual,
+            first_segment=segment,
         )
         placed.append(level)
-        per_segment = (level.num_queries, level.num_keys, level.num_blocks, level.num_residual)
+        per_segment = (level.num_queries, level.num_keys, level.num_blocks, level.num_residual, 1)
         offsets = [o + level.segments * n for o, n in zip(offsets, per_segment, strict=True)]
     return tuple(placed)
 
