@@ -2,6 +2,7 @@
 
     python -m xt_kernels._aot                  # compile all, print the resources, apply the rules
     python -m xt_kernels._aot --update-lock    # and accept the numbers for the installed Triton
+    python -m xt_kernels._aot --all            # each config with each dtype: an hour of a core
 
 No GPU is needed: `triton.compile` takes a target, and Triton's wheel carries ptxas and cuobjdump.
 A module that holds kernels offers `aot_cases()`; each case is compiled aligned (pointers and
@@ -189,6 +190,7 @@ def measure(
     jobs: int = 1,
     path: Sequence[str] = (),
     only: int | None = None,
+    everything: bool = False,
 ) -> list[Measurement]:
     """Compile the cases of the modules in child processes and read their resources.
 
@@ -199,6 +201,7 @@ def measure(
       jobs: child processes, each on every jobs-th case.
       path: folders to put in front of the children's import path.
       only: run this one of the jobs, from 0, and leave the others to other calls.
+      everything: all dtypes and head dims of all configs, not one of each.
 
     Raises:
       RuntimeError: if a child fails other than by a kernel that does not compile.
@@ -216,7 +219,7 @@ def measure(
             )
             out = f"{folder}/{part}.json"
             command = [sys.executable, "-m", _MODULE, "--child", out, str(part), str(jobs)]
-            command += [",".join(map(str, archs)), *modules]
+            command += [",".join(map(str, archs)), "all" * everything, *modules]
             child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
             children.append((out, child))
         for out, child in children:
@@ -238,8 +241,10 @@ def keys(modules: Sequence[str], archs: Sequence[int] = ARCHS) -> list[str]:
     ]
 
 
-def _cases(module: Any) -> list[AotCase]:
-    return list(module.aot_cases()) if hasattr(module, "aot_cases") else []
+def _cases(module: Any, everything: bool = False) -> list[AotCase]:
+    if not hasattr(module, "aot_cases"):
+        return []
+    return list(module.aot_cases(everything=True) if everything else module.aot_cases())
 
 
 def _variants(case: AotCase, archs: Sequence[int]) -> list[tuple[str, int]]:
@@ -250,12 +255,14 @@ def _key(module: str, case: AotCase, arch: int, variant: str) -> str:
     return f"{module.removeprefix('xt_kernels.')}:{case.name}|sm_{arch}|{variant}"
 
 
-def _child(out: str, part: int, jobs: int, archs: Sequence[int], modules: Sequence[str]) -> None:
+def _child(
+    out: str, part: int, jobs: int, archs: Sequence[int], everything: bool, modules: Sequence[str]
+) -> None:
     rows = []
     number = 0
     for name in modules:
         module = importlib.import_module(name)
-        cases = _cases(module)
+        cases = _cases(module, everything)
         for case in cases:
             for variant, arch in _variants(case, archs):
                 number += 1
@@ -437,21 +444,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m xt_kernels._aot", description=__doc__)
     parser.add_argument("modules", nargs="*", help="default: all of xt_kernels")
     parser.add_argument("--update-lock", action="store_true", help="accept the numbers")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="every dtype, head dim and kind of level of every config, by the hard rules alone",
+    )
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--lock-dir", type=Path, default=LOCK_DIR)
     options = parser.parse_args(arguments)
-    if options.update_lock and options.modules:
-        parser.error("--update-lock writes all modules; name none")
-    measured = measure(options.modules or kernel_modules(), jobs=options.jobs)
+    if options.update_lock and (options.modules or options.all):
+        parser.error("--update-lock writes what CI compiles, of all modules: no --all, no names")
+    names = options.modules or kernel_modules()
+    measured = measure(names, jobs=options.jobs, everything=options.all)
     print("\n".join(_table(measured)))
     faults = [fault for m in measured for fault in m.faults()]
     path = lock_path(triton.__version__, options.lock_dir)
     if options.update_lock and not faults:
         write_lock(path, measured)
         print(f"wrote {path}")
-    elif path.exists() and not options.modules:
+    elif path.exists() and not options.modules and not options.all:
         faults += lock_faults(measured, json.loads(path.read_text()))
-    else:
+    elif not options.all:
         print(f"no lock for Triton {triton.__version__}: only the hard rules were applied")
     print("\n".join(faults) or f"{len(measured)} kernels: no fault")
     return 1 if faults else 0
@@ -464,7 +477,8 @@ if __name__ == "__main__":
             int(sys.argv[3]),
             int(sys.argv[4]),
             json.loads(f"[{sys.argv[5]}]"),
-            sys.argv[6:],
+            sys.argv[6] == "all",
+            sys.argv[7:],
         )
     else:
         sys.exit(main())

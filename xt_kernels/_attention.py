@@ -2,7 +2,7 @@
 """What the attention kernels share: tile sizes and their choice, the online softmax, the scale."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +91,18 @@ def configs(table: dict, tensors: Sequence[torch.Tensor]) -> tuple[Config, ...]:
     if tensors[0].dtype.itemsize > 2:
         kind = "wide" if precision(tensors[0]) == "ieee" else "tf32"
     return next(found for most, found in table[kind].items() if tensors[0].shape[-1] <= most)
+
+
+def of_tables(table: dict) -> Iterator[tuple[str, str, int, Config]]:
+    """(kind, dtype, head dim, config) of all that `configs` can choose: a config's largest head dim
+    and one in the middle of its range."""
+    dtypes = {"wide": ("fp32",), "tf32": ("tf32",)}
+    for kind, sizes in table.items():
+        for most, found in sizes.items():
+            for config in found:
+                for dtype in dtypes.get(kind, ("bf16", "fp16")):
+                    yield kind, dtype, most, config
+                    yield kind, dtype, most - 24, config
 
 
 def _in_pieces(tensor: torch.Tensor) -> bool:

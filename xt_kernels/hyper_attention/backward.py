@@ -609,15 +609,15 @@ def launch_backward(
     return [g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)]
 
 
-def aot_cases() -> Iterator[AotCase]:
+def aot_cases(everything: bool = False) -> Iterator[AotCase]:
     """What the launchers compile, with memory."""
     parts = ("sample", "mean", "tile", "causal")
-    yield from aot_table("dq", _hyper_attention_bwd_query_kernel, QUERY, parts)
+    yield from aot_table("dq", _hyper_attention_bwd_query_kernel, QUERY, parts, everything)
     parts_of = ("sample", "tile", "mean")
     kernel = _hyper_attention_bwd_residual_kernel
-    yield from aot_table("residual", kernel, RESIDUAL, parts_of)
+    yield from aot_table("residual", kernel, RESIDUAL, parts_of, everything)
     # Where registers are scarcest, the other parts too.
-    for kind, dtype in (("any", "bf16"), ("wide", "fp32")):
+    for kind, dtype in () if everything else (("any", "bf16"), ("wide", "fp32")):
         for part in parts_of[:2]:
             yield aot_case("residual", kernel, kind, dtype, 256, RESIDUAL[kind][256][0], part)
-    yield from aot_table("dkv", _hyper_attention_bwd_key_kernel, KEY, parts)
+    yield from aot_table("dkv", _hyper_attention_bwd_key_kernel, KEY, parts, everything)

@@ -33,6 +33,7 @@ from .._attention import (
     head_of,
     key_places,
     launch_options,
+    of_tables,
     online_softmax,
     row_values,
     scale_of,
@@ -574,8 +575,18 @@ def aot_case(
     )
 
 
-def aot_table(form: str, kernel, table: dict, parts: tuple[str, ...]) -> Iterator[AotCase]:
-    """Every config of a table; the first at head dim 64 with each kind of level."""
+def aot_table(
+    form: str, kernel, table: dict, parts: tuple[str, ...], everything: bool
+) -> Iterator[AotCase]:
+    """Every config of a table; the first at head dim 64 with each kind of level.
+
+    everything: of every config each kind of level, both 16-bit types and a head dim between.
+    """
+    if everything:
+        for kind, dtype, head_dim, config in of_tables(table):
+            for part in parts:
+                yield aot_case(form, kernel, kind, dtype, head_dim, config, part)
+        return
     for number, (most, found) in enumerate(table["fast"].items()):
         for part in parts if most == 64 else parts[number % 2 : number % 2 + 1]:
             yield aot_case(form, kernel, "fast", "bf16", most, found[0], part)
@@ -590,12 +601,14 @@ def aot_table(form: str, kernel, table: dict, parts: tuple[str, ...]) -> Iterato
             yield aot_case(form, kernel, kind, "bf16", most, config, part)
 
 
-def aot_cases() -> Iterator[AotCase]:
+def aot_cases(everything: bool = False) -> Iterator[AotCase]:
     """What the launchers compile, with memory."""
     parts = ("sample", "mean", "tile", "causal")
-    yield from aot_table("fwd", _hyper_attention_fwd_kernel, FORWARD, parts)
-    for kind, dtype in (("any", "bf16"), ("wide", "fp32")):
-        config = Config(0, 1024 // 256, 4, 1)
-        kernel = _hyper_attention_mean_kernel
-        case = aot_case("mean", kernel, kind, dtype, 256, config, "mean")
-        yield replace(case, has_dots=False, maxnreg=None, variants=("aligned", "unaligned"))
+    yield from aot_table("fwd", _hyper_attention_fwd_kernel, FORWARD, parts, everything)
+    dtypes = [("any", "bf16"), ("wide", "fp32"), *([("any", "fp16")] * everything)]
+    kernel, both = _hyper_attention_mean_kernel, ("aligned", "unaligned")
+    for kind, dtype in dtypes:
+        for head_dim in (16, 64, 128, 256) if everything else (256,):
+            config = Config(0, 1024 // head_dim, 4, 1)
+            case = aot_case("mean", kernel, kind, dtype, head_dim, config, "mean")
+            yield replace(case, has_dots=False, maxnreg=None, variants=both)

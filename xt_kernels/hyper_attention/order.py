@@ -615,8 +615,11 @@ def cluster_rows(dtype: torch.dtype, block_d: int) -> int:
     return max(16, 8192 // block_d // dtype.itemsize)
 
 
-def aot_cases() -> Iterator[AotCase]:
-    """What the launcher compiles, with memory and 7 bits."""
+def aot_cases(everything: bool = False) -> Iterator[AotCase]:
+    """What the launcher compiles, with memory and 7 bits.
+
+    everything: each dtype with every size of rows.
+    """
     types = {
         **dict.fromkeys(("q_ptr", "k_ptr", "mk_ptr", "planes_ptr", "seed_ptr", "centre_ptr")),
         **dict.fromkeys(("random_ptr", "threshold_ptr", "middle_ptr"), "*fp32"),
@@ -638,11 +641,9 @@ def aot_cases() -> Iterator[AotCase]:
         return AotCase(name, kernel, signature, constants, warps, 3, maxnreg=MAX_REGISTERS)
 
     both = ("aligned", "unaligned")
-    for dtype, head_dims, variants in (
-        ("bf16", (64, 256), both),
-        ("fp32", (64, 256), both),
-        ("fp16", (64,), both[:1]),
-    ):
+    some = ("bf16", (64, 256), both), ("fp32", (64, 256), both), ("fp16", (64,), both[:1])
+    each = [(dtype, (16, 32, 64, 128, 256), both) for dtype in ("bf16", "fp16", "fp32")]
+    for dtype, head_dims, variants in each if everything else some:
         for head_dim in head_dims:
             of = torch.float32 if dtype == "fp32" else torch.bfloat16
             kept = {"variants": variants}

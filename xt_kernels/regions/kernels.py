@@ -16,6 +16,7 @@ Arithmetic is fp32, fp64 for fp64 input. All programs are in grid x: y and z end
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -681,8 +682,11 @@ def launch_stitch_backward(
     )
 
 
-def aot_cases() -> Iterator[AotCase]:
-    """What the launchers compile: every config, 256 px regions, 8 x 8 tokens of 768 channels."""
+def aot_cases(everything: bool = False) -> Iterator[AotCase]:
+    """What the launchers compile: every config, 256 px regions, 8 x 8 tokens of 768 channels.
+
+    everything: of every config each dtype of pixels, to bf16 and fp32, and each of features.
+    """
     planes = ("i64", "i64", "i32", 1)
     pixels = ("i64", 1, "i32", "i32")
     regions = ("i64", "i64", "i32", "i32", 1)
@@ -730,28 +734,6 @@ def aot_cases() -> Iterator[AotCase]:
             variants=variants,
         )
 
-    for config in EXTRACT_PLANES_CONFIGS:
-        yield extract("extract-planes-u8-bf16", config, "u8", "bf16", planes, unit=8)
-    for config in EXTRACT_PIXELS_CONFIGS:
-        yield extract("extract-pixels-u8-bf16", config, "u8", "bf16", pixels)
-    plane, pixel = EXTRACT_PLANES_CONFIGS[0], EXTRACT_PIXELS_CONFIGS[0]
-    yield extract("extract-interleaved-u8-bf16", plane, "u8", "bf16", planes, 8, 3)
-    yield extract("extract-planes-u16-fp16", plane, "u16", "fp16", planes, 8)
-    yield extract("extract-planes-fp32-fp32", plane, "fp32", "fp32", planes, 8)
-    yield extract("extract-bwd-planes-fp32", plane, "fp32", "fp32", planes, 8, backward=True)
-    yield extract("extract-bwd-pixels-bf16", pixel, "bf16", "bf16", pixels, backward=True)
-    # A width that is no multiple of 8 gives strides in elements.
-    yield extract("extract-planes-odd-u8-bf16", plane, "u8", "bf16", planes)
-    aligned = ("aligned",)
-    for config in EXTRACT_PLANES_CONFIGS[1:]:
-        name = "extract-interleaved-u8-bf16"
-        yield extract(name, config, "u8", "bf16", planes, 8, 3, variants=aligned)
-    for end, channels in (("bf16", 4), ("fp16", 3), ("fp64", 3)):
-        name = f"extract-planes-{end}-{end}"
-        yield extract(name, plane, end, end, planes, 8, 1, False, channels, aligned)
-    name = "extract-bwd-interleaved-fp32"
-    yield extract(name, plane, "fp32", "fp32", planes, 8, 3, True, variants=aligned)
-
     rows = ("i64", "i32", "i32", "i32", 1)
     columns = ("i64", "i32", "i32", 1, "i32")
 
@@ -793,6 +775,50 @@ def aot_cases() -> Iterator[AotCase]:
             aligned_args=("channels",) if backward else ("half",),
             variants=variants,
         )
+
+    for config in EXTRACT_PLANES_CONFIGS:
+        yield extract("extract-planes-u8-bf16", config, "u8", "bf16", planes, unit=8)
+    for config in EXTRACT_PIXELS_CONFIGS:
+        yield extract("extract-pixels-u8-bf16", config, "u8", "bf16", pixels)
+    if everything:
+        layouts = (
+            ("planes", EXTRACT_PLANES_CONFIGS, planes, 8, 1),
+            ("interleaved", EXTRACT_PLANES_CONFIGS, planes, 8, 3),
+            ("planes-odd", EXTRACT_PLANES_CONFIGS, planes, 1, 1),
+            ("pixels", EXTRACT_PIXELS_CONFIGS, pixels, 1, 1),
+        )
+        for (layout, configs, *how), end in product(layouts, ("bf16", "fp32")):
+            for config, of in product(configs, ("u8", "u16", "fp16", "bf16", "fp32", "fp64")):
+                name = f"{layout}-{of}-{end}-{config.num_warps}w"
+                yield extract(f"extract-{name}", config, of, end, *how)
+                if of not in ("u8", "u16"):
+                    yield extract(f"extract-bwd-{name}", config, of, end, *how, True)
+        for config, of in product(STITCH_ROWS_CONFIGS, ("fp16", "bf16", "fp32", "fp64")):
+            yield stitch("stitch-rows", config, of)
+            yield stitch("stitch-rows-plain", config, of)
+            yield stitch("stitch-bwd-rows", config, of, backward=True)
+        for config, of in product(STITCH_PLANES_CONFIGS, ("fp16", "bf16", "fp32", "fp64")):
+            yield stitch("stitch-planes", config, of)
+            yield stitch("stitch-planes-plain", config, of)
+            yield stitch("stitch-bwd-planes", config, of, backward=True)
+        return
+    plane, pixel = EXTRACT_PLANES_CONFIGS[0], EXTRACT_PIXELS_CONFIGS[0]
+    yield extract("extract-interleaved-u8-bf16", plane, "u8", "bf16", planes, 8, 3)
+    yield extract("extract-planes-u16-fp16", plane, "u16", "fp16", planes, 8)
+    yield extract("extract-planes-fp32-fp32", plane, "fp32", "fp32", planes, 8)
+    yield extract("extract-bwd-planes-fp32", plane, "fp32", "fp32", planes, 8, backward=True)
+    yield extract("extract-bwd-pixels-bf16", pixel, "bf16", "bf16", pixels, backward=True)
+    # A width that is no multiple of 8 gives strides in elements.
+    yield extract("extract-planes-odd-u8-bf16", plane, "u8", "bf16", planes)
+    aligned = ("aligned",)
+    for config in EXTRACT_PLANES_CONFIGS[1:]:
+        name = "extract-interleaved-u8-bf16"
+        yield extract(name, config, "u8", "bf16", planes, 8, 3, variants=aligned)
+    for end, channels in (("bf16", 4), ("fp16", 3), ("fp64", 3)):
+        name = f"extract-planes-{end}-{end}"
+        yield extract(name, plane, end, end, planes, 8, 1, False, channels, aligned)
+    name = "extract-bwd-interleaved-fp32"
+    yield extract(name, plane, "fp32", "fp32", planes, 8, 3, True, variants=aligned)
 
     for config in STITCH_ROWS_CONFIGS:
         yield stitch("stitch-rows", config, "bf16")

@@ -21,6 +21,7 @@ their parts, and a sum of its own adds them up, so that nothing is atomic.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 import triton
@@ -673,8 +674,11 @@ def launch_backward(
     return grads + [grad for given, grad in optional if given is not None]
 
 
-def aot_cases() -> Iterator[AotCase]:
-    """What the launchers compile, with all options: every config."""
+def aot_cases(everything: bool = False) -> Iterator[AotCase]:
+    """What the launchers compile, with all options: every config.
+
+    everything: of every config each dtype, with all options and with none, on every GPU.
+    """
     channels, projection, state = ("i64", "i32", 1), ("i64", "i32", "i32", 1), ("i32",) * 3 + (1,)
     sizes = ("group_dim", "tiles", "states", "length", "segments", "segment_len")
     # The kernel, its channels [B, D, L], projections [B, G, N, L], states, sums, vectors, flags.
@@ -745,7 +749,7 @@ def aot_cases() -> Iterator[AotCase]:
             maxnreg=MAX_REGISTERS,
             aligned_args=("group_dim", "states", "length", "segment_len"),
             # What differs from bf16 with all options is looked at on one of them.
-            archs=(90,) if changed or dtype != "bf16" else ARCHS,
+            archs=(90,) if not everything and (changed or dtype != "bf16") else ARCHS,
         )
 
     both = ("aligned", "unaligned")
@@ -755,15 +759,21 @@ def aot_cases() -> Iterator[AotCase]:
         ("bwd", BACKWARD, both[:1]),
         ("bwd", BACKWARD_ANY, both[1:]),
     ):
+        none = dict.fromkeys(forms[form][-1], False)
         for states, found in table.items():
-            for config in found:
-                yield replace(case(form, "bf16", states, config), variants=variants)
-        yield replace(case(form, "fp32", 16, table[16][0]), variants=variants)
-    yield case("segment", "bf16", 16, FORWARD[16][0], REVERSE=False)
-    plain = {"HAS_D": False, "HAS_Z": False, "HAS_BIAS": False, "SOFTPLUS": False}
-    yield case("fwd", "fp16", 16, FORWARD[16][0], **plain, KEEP=False)
-    yield replace(case("bwd", "fp16", 16, BACKWARD[16][0], **plain), variants=both[:1])
-    yield replace(case("bwd", "fp16", 16, BACKWARD_ANY[16][0], **plain), variants=both[1:])
+            for config, dtype in product(found, ("bf16", "fp16", "fp32")):
+                if everything or dtype == "bf16":
+                    yield replace(case(form, dtype, states, config), variants=variants)
+                if everything:
+                    yield replace(case(form, dtype, states, config, **none), variants=variants)
+        if not everything:
+            yield replace(case(form, "fp32", 16, table[16][0]), variants=variants)
+    if not everything:
+        yield case("segment", "bf16", 16, FORWARD[16][0], REVERSE=False)
+        plain = {"HAS_D": False, "HAS_Z": False, "HAS_BIAS": False, "SOFTPLUS": False}
+        yield case("fwd", "fp16", 16, FORWARD[16][0], **plain, KEEP=False)
+        yield replace(case("bwd", "fp16", 16, BACKWARD[16][0], **plain), variants=both[:1])
+        yield replace(case("bwd", "fp16", 16, BACKWARD_ANY[16][0], **plain), variants=both[1:])
     yield AotCase(
         name="carry",
         kernel=_selective_scan_carry_kernel,

@@ -32,6 +32,7 @@ from .._attention import (
     configs,
     head_of,
     launch_options,
+    of_tables,
     online_softmax,
     row_values,
     scale_of,
@@ -565,8 +566,11 @@ def launch_backward(
     return [*grads, *keys(memory_key, memory_value, False)] if needs_memory else grads
 
 
-def aot_cases() -> Iterator[AotCase]:
-    """What the launchers compile, with memory: every config, causal or not."""
+def aot_cases(everything: bool = False) -> Iterator[AotCase]:
+    """What the launchers compile, with memory: every config, causal or not.
+
+    everything: of every config both 16-bit types, a head dim in its middle, and both masks.
+    """
     heads_first = ("i64", "i64", "i32", 1)
     inputs, sizes = ("q", "k", "v", "mk", "mv"), ("len_q", "len_k", "len_m")
     # The kernel, its tables, tensors [B, H, L, D], tensors [B, H, L], and integers.
@@ -638,6 +642,11 @@ def aot_cases() -> Iterator[AotCase]:
         )
 
     for form, (_, table, *_) in forms.items():
+        if everything:
+            for kind, dtype, head_dim, config in of_tables(table):
+                for is_causal in (False, True):
+                    yield case(form, kind, dtype, head_dim, config, is_causal)
+            continue
         for most, found in table["fast"].items():
             for config in found:
                 yield case(form, "fast", "bf16", most, config, True)
