@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -608,7 +609,8 @@ def test_verdicts_respect_the_spread(tmp_path):
 
 def test_each_bench_has_its_own_pace(tmp_path):
     """The yardstick of one bench says nothing of another; a bench without one takes the middle of
-    the others, and is judged by the whole of their range.
+    the others, and is judged by the whole of their range. On another machine only the yardstick
+    counts; on the same one what slowed down with it and what did not are both no change.
     """
     old = [kernel(n, 1.0, 1.0, yardstick=0.002) for n in (1, 2, 3)] + [image("xt xl", 512)]
     new = [
@@ -616,10 +618,17 @@ def test_each_bench_has_its_own_pace(tmp_path):
         kernel(3, 1.0, 1.0, yardstick=0.002), image("xt xl", 512, seconds=spread(3.0)),
     ]  # fmt: skip
     files = [write(tmp_path / "old.json", *old), write(tmp_path / "new.json", *new)]
-    verdicts, _ = compare_records(*map(read_record, files))
+    before, after = map(read_record, files)
+    verdicts, _ = compare_records(before, after)
     same = "same time within the spread"
-    assert {(v.new.size, v.new.form): v.verdict for v in verdicts} == {
-        (1, "ours"): same, (1, "eager"): "1.30 times as fast",
+    found = {(v.new.size, v.new.form): v.verdict for v in verdicts}
+    assert found.pop((1, "eager")) == same
+    elsewhere = replace(after, machine={**after.machine, "cpu": "another"})
+    verdicts, _ = compare_records(before, elsewhere)
+    there = {(v.new.size, v.new.form): v.verdict for v in verdicts}
+    assert there.pop((1, "eager")) == "1.30 times as fast"
+    assert there == found == {
+        (1, "ours"): same,
         (2, "ours"): same, (2, "eager"): "1.30 times as slow", (3, "ours"): same,
         (3, "eager"): same, (512, "xt xl"): same,  # 2.7 at the fastest, 2.08 at the slowest pace
     }  # fmt: skip
@@ -628,6 +637,24 @@ def test_each_bench_has_its_own_pace(tmp_path):
         read_record(files[0]), read_record(write(tmp_path / "new.json", *steady))
     )
     assert verdicts[-1].verdict == "1.50 times as slow"
+
+
+def test_what_code_that_did_not_change_does_is_no_change(tmp_path):
+    """Eleven rows of PyTorch's own forms are measured again, three far slower: so slow may ours
+    be by chance, too; under other versions of torch they say nothing.
+    """
+    old = write(tmp_path / "old.json", *(kernel(n, 1.0, 1.0) for n in range(1, 12)))
+    times = [1.0] * 8 + [1.4] * 3
+    new = [kernel(n, 1.3, time) for n, time in enumerate(times, 1)]
+    records = [read_record(old), read_record(write(tmp_path / "new.json", *new))]
+
+    def slower(after):
+        return {v.new.size for v in compare_records(records[0], after)[0]
+                if v.new.form == "ours" and "times as slow" in v.verdict}  # fmt: skip
+
+    assert slower(records[1]) == set()
+    other = replace(records[1], machine={**records[1].machine, "torch": "another"})
+    assert slower(other) == set(range(1, 12))
 
 
 def scaled(data, factor, forms):

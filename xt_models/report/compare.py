@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .records import Record, Row, Spread
 
 Pace = tuple[float, float, float]
+OURS = "ours", "xt "
 
 
 @dataclass(frozen=True)
@@ -27,19 +28,23 @@ def compare_records(old: Record, new: Record) -> tuple[list[Verdict], list[str]]
 
     The machine's pace is the time of the yardstick in the new bench over that in the same bench of
     the old record; a bench without a yardstick takes the median of the others, uncertain by their
-    range. Times differ where the ranges from the 20th to the 80th percentile, at equal pace, do not
-    touch. A peak of memory differs where it moved by more than a tenth and 1 MiB, an error by more
-    than a tenth.
+    range. On the same machine not all work slows down as the yardstick does: any pace between its
+    and 1 may be right, and so may those at which code that is not ours and did not change, of the
+    same versions, seems to have changed, but for a tenth at either end. Times differ where the
+    ranges from the 20th to the 80th percentile touch at no such pace. A peak of memory differs
+    where it moved by more than a tenth and 1 MiB, an error by more than a tenth.
     """
     before = {row.key: row for row in old.rows}
     pairs = [(before[row.key], row) for row in new.rows if row.key in before]
     paces = [b.yardstick / a.yardstick for a, b in pairs if a.yardstick and b.yardstick] or [1.0]
     others = min(paces), statistics.median(paces), max(paces)
+    drift = _drift(old, new, pairs)
     verdicts = []
     for a, b in pairs:
         pace = others
         if a.yardstick and b.yardstick:
             pace = (b.yardstick / a.yardstick,) * 3
+        pace = min(pace[0], pace[1], *drift), pace[1], max(pace[2], pace[1], *drift)
         change = None
         if a.seconds and b.seconds:
             change = b.seconds.median / pace[1] / a.seconds.median
@@ -52,6 +57,27 @@ def compare_records(old: Record, new: Record) -> tuple[list[Verdict], list[str]]
         if row.key not in both
     ]
     return verdicts, alone
+
+
+def _drift(old: Record, new: Record, pairs: list[tuple[Row, Row]]) -> tuple[float, ...]:
+    """Changes of time without a change of code, as far as the same machine shows them."""
+    if old.processor != new.processor:
+        return ()
+    if any(old.machine.get(name) != new.machine.get(name) for name in ("torch", "triton")):
+        return (1.0,)
+    found = [
+        b.seconds.median / a.seconds.median
+        for a, b in pairs
+        if a.seconds
+        and b.seconds
+        and a.seconds.known
+        and b.seconds.known
+        and not a.form.startswith(OURS)
+    ]
+    if len(found) < 10:
+        return (1.0,)
+    tenths = statistics.quantiles(found, n=10)
+    return (1.0, tenths[0], tenths[-1])
 
 
 def _name(row: Row) -> str:
