@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -851,9 +852,10 @@ def _train_table(
             line = f"{run.row}, seed {run.seed}: {score} in {_seconds(run.seconds)}"
             bar.write(line, file=sys.stderr)
 
+        typed = shlex.join(["xt", *sys.argv[1:]]) if Path(sys.argv[0]).name == "xt" else ""
         table = write_table(
             out, name, names, seeds=seeds, steps=steps, jobs=jobs, save=save,
-            options=options or {}, on_steps=bar.update, on_run=tell,
+            options=options or {}, command=typed, on_steps=bar.update, on_run=tell,
         )  # fmt: skip
     click.echo(format_table(table))
     click.echo(f"wrote {out}/: curves.csv, table.json, curves.png" + ", models" * save)

@@ -65,6 +65,7 @@ def write_table(
     jobs: int = 1,
     save: bool = False,
     options: Mapping[str, Any] = MappingProxyType({}),
+    command: str = "",
     on_steps: Callable[[int], object] = lambda steps: None,
     on_run: Callable[[Run], object] = lambda run: None,
 ) -> dict[str, Any]:
@@ -73,8 +74,9 @@ def write_table(
 
     rows: names of the task's ROWS. steps: batches a run, None for the task's own number. jobs: runs
         at a time, each one process with one thread; results do not depend on it. save: keep the
-        models, in `<row>-<seed>/`. options: further ones of the task's `train`. on_steps, on_run:
-        called with the steps just done, and with each run as it ends.
+        models, in `<row>-<seed>/`. options: further ones of the task's `train`. command: what was
+        typed, for the record. on_steps, on_run: called with the steps just done, and with each run
+        as it ends.
 
     `out` appears when it is complete. Raises ValueError for an unknown row, a number below one or a
     missing package, and as `OutputFolder` does, before any work; RuntimeError if a process dies.
@@ -96,7 +98,7 @@ def write_table(
         runs = _run_all(
             name, tasks, steps, jobs, folder if save else None, options, on_steps, on_run
         )
-        table = _summary(name, rows, runs, seeds, steps, jobs, options)
+        table = _summary(name, rows, runs, seeds, steps, jobs, options, command)
         runs.sort(key=lambda run: rows.index(run.row))
         _write_curves(folder / "curves.csv", task.METRIC, runs)
         (folder / "table.json").write_text(json.dumps(table, indent=1) + "\n")
@@ -228,6 +230,7 @@ def _summary(
     steps: int,
     jobs: int,
     options: Mapping[str, Any] = MappingProxyType({}),
+    command: str = "",
 ) -> dict[str, Any]:
     task = find_task(name)
     table: dict[str, Any] = {}
@@ -247,6 +250,7 @@ def _summary(
         }
     return {
         "task": name,
+        **({"command": command} if command else {}),
         "rows": table,
         "settings": {"seeds": list(range(seeds)), "steps": steps, **task.settings(**options)},
         "machine": {"cpu": cpu_name(), "cores": num_cpus(), "jobs": jobs, "threads_a_run": 1},
