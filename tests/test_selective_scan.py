@@ -318,9 +318,10 @@ def test_memory_on_a_cpu_is_that_of_a_chunk():
     assert grads <= most < grads + low[0].nbytes + whole / 4
 
 
-def test_tokens_one_by_one_in_one_call_and_in_a_loop(monkeypatch):
+@pytest.mark.parametrize("length", [1, 2, 70])
+def test_tokens_one_by_one_in_one_call_and_in_a_loop(monkeypatch, length):
     """PyTorch that took the tensors of a call in another order would be noticed, and not asked."""
-    shape = (2, 160, 16, 70, 2)
+    shape = (2, 160, 16, length, 2)
     low, _ = inputs(shape, torch.float32)
     assert 2 * 160 * 16 >= eager._ONE_BY_ONE and eager._is_in_order()
     tensors = [t.requires_grad_() for t in low]

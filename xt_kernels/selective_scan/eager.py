@@ -168,7 +168,7 @@ def _scan(decay: _Tokens, scan: _Tokens, space: _Tokens, back: bool = False) -> 
         return _scan_tree(decay.whole, scan.whole, space.whole, back)
     order = slice(None, None, -1 if back else 1)
     decays, states = decay.each[order], scan.each[order]
-    if _is_in_order():
+    if len(states) > 1 and _is_in_order():  # a list must not be empty
         torch._foreach_addcmul_(states[1:], decays[1:], states[:-1])
         return
     for a, state, b in zip(decays[1:], states, states[1:], strict=False):
