@@ -612,7 +612,8 @@ def rows_at_a_time(dtype: torch.dtype, block_d: int) -> int:
 
 def cluster_rows(dtype: torch.dtype, block_d: int) -> int:
     """Rows that look for their centre together: as many as fit, for each reads all centres."""
-    return max(16, 8192 // block_d // dtype.itemsize)
+    rows = max(16, 8192 // block_d // dtype.itemsize)
+    return min(rows, 64) if block_d < 32 else rows  # more spill
 
 
 def aot_cases(everything: bool = False) -> Iterator[AotCase]:

@@ -41,13 +41,13 @@ class Config:
 EXTRACT_PLANES_CONFIGS = (
     Config({"ROWS": 8, "BLOCK_H": 4, "BLOCK_W": 256, "BLOCK_C": 4}, num_warps=4),
     Config({"ROWS": 8, "BLOCK_H": 8, "BLOCK_W": 256, "BLOCK_C": 4}, num_warps=4),
-    Config({"ROWS": 16, "BLOCK_H": 8, "BLOCK_W": 256, "BLOCK_C": 4}, num_warps=8),
+    Config({"ROWS": 16, "BLOCK_H": 2, "BLOCK_W": 256, "BLOCK_C": 4}, num_warps=8),
 )
 # Interleaved channels are read value by value, so BLOCK_H is small: a thread then has few columns
 # of a row, and a warp's load spans 2 or 4 cache lines instead of 7.
 EXTRACT_PIXELS_CONFIGS = (
-    Config({"ROWS": 8, "BLOCK_H": 1, "BLOCK_W": 256, "BLOCK_C": 4}, num_warps=4),
-    Config({"ROWS": 8, "BLOCK_H": 2, "BLOCK_W": 256, "BLOCK_C": 4}, num_warps=4),
+    Config({"ROWS": 16, "BLOCK_H": 1, "BLOCK_W": 256, "BLOCK_C": 4}, num_warps=8),
+    Config({"ROWS": 8, "BLOCK_H": 2, "BLOCK_W": 256, "BLOCK_C": 4}, num_warps=8),
     Config({"ROWS": 4, "BLOCK_H": 1, "BLOCK_W": 256, "BLOCK_C": 4}, num_warps=4),
 )
 # A program owns BLOCK_L lines of tokens, BLOCK_S tokens of each at a time. Features whose channels
@@ -481,9 +481,9 @@ def _fitted(tile: dict[str, int], **sizes: int) -> dict[str, Any]:
 
 
 def _strip_tile(config: Config, pixel: torch.dtype) -> dict[str, int]:
-    """The tile of `config`; half as high for pixels wider than a byte, which fill registers."""
-    rows = config.tile["ROWS"] // (1 if pixel.itemsize == 1 else 2)
-    return {**config.tile, "ROWS": max(rows, config.tile["BLOCK_H"])}
+    """The tile of `config`; less high for pixels wider than a byte, which fill registers."""
+    rows = config.tile["ROWS"] // {1: 1, 8: 4}.get(pixel.itemsize, 2)
+    return {**config.tile, "ROWS": rows, "BLOCK_H": min(rows, config.tile["BLOCK_H"])}
 
 
 def _flattened(
@@ -704,7 +704,8 @@ def aot_cases(everything: bool = False) -> Iterator[AotCase]:
         variants: tuple[str, ...] = ("aligned", "unaligned"),
     ) -> AotCase:
         ends = ("grad_image", "grad") if backward else ("image", "out")
-        tile = _strip_tile(config, torch.uint8 if pixel == "u8" else torch.float32)
+        widths = {"u8": torch.uint8, "fp64": torch.float64}
+        tile = _strip_tile(config, widths.get(pixel, torch.float32))
         tile["BLOCK_C"] = channels if interleave == 1 else 1
         inner = "fp64" if pixel == "fp64" else "fp32"
         return AotCase(
@@ -787,12 +788,15 @@ def aot_cases(everything: bool = False) -> Iterator[AotCase]:
             ("planes-odd", EXTRACT_PLANES_CONFIGS, planes, 1, 1),
             ("pixels", EXTRACT_PIXELS_CONFIGS, pixels, 1, 1),
         )
+        cuts = {}  # by name: configs may be the same for wide pixels
         for (layout, configs, *how), end in product(layouts, ("bf16", "fp32")):
             for config, of in product(configs, ("u8", "u16", "fp16", "bf16", "fp32", "fp64")):
                 name = f"{layout}-{of}-{end}-{config.num_warps}w"
-                yield extract(f"extract-{name}", config, of, end, *how)
+                found = [extract(f"extract-{name}", config, of, end, *how)]
                 if of not in ("u8", "u16"):
-                    yield extract(f"extract-bwd-{name}", config, of, end, *how, True)
+                    found.append(extract(f"extract-bwd-{name}", config, of, end, *how, True))
+                cuts |= {case.name: case for case in found}
+        yield from cuts.values()
         for config, of in product(STITCH_ROWS_CONFIGS, ("fp16", "bf16", "fp32", "fp64")):
             yield stitch("stitch-rows", config, of)
             yield stitch("stitch-rows-plain", config, of)

@@ -56,7 +56,7 @@ FORWARD = {
 BACKWARD = {
     16: (Config(16, 2),),
     32: (Config(4, 2),),
-    64: (Config(4, 2),),
+    64: (Config(4, 1),),
 }
 # For tensors whose rows are not copied 16 bytes at a time: their addresses take registers, and more
 # tokens at a time would save no loads.
