@@ -683,11 +683,47 @@ def test_numbers_come_as_sequences_arrays_and_tensors():
         assert torch.equal(xk.stitch_regions(features, GRID, **lists), tokens)
 
 
+def test_a_call_is_checked_though_one_like_it_was_made_before():
+    image, features = picture((3, 13, 21), torch.uint8)[0], torch.randn(2, 8, 4, 4)
+    ids, mean = [4, 1], [0, 1, 2]
+
+    def calls(ids=ids, chunk=None, origin=(0, 0), mean=mean, scale=1, image=image, grid=GRID):
+        options = {"origin": origin, "mean": mean, "scale": scale}
+        cut = xk.extract_regions(image, grid, regions=ids, **options)
+        return cut, xk.stitch_regions(features, grid, regions=ids, chunk=chunk)
+
+    first = calls()
+    for bad in ([4.0, 1], [4, True], [4, 4], [4, 6], [4, None]):
+        # An error is not taken for an answer either.
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"_regions: regions must|distinct"):
+                xk.stitch_regions(features, GRID, regions=bad)
+    for bad in ({"ids": [True, 1]}, {"origin": (0.0, 0)}, {"mean": [0, 1]}, {"scale": math.nan}):
+        with pytest.raises(ValueError, match=r"^extract_regions: "):
+            calls(**bad)
+    with pytest.raises(ValueError, match=r"^extract_regions: image must hold all pixels"):
+        calls(image=image[:, :-1])
+    for again, once in zip(calls(), first, strict=True):
+        assert torch.equal(again, once)
+
+    # What was remembered is what the lists held then.
+    ids.reverse()
+    mean[0] = 1
+    cut, tokens = calls()
+    assert torch.equal(cut[:, 1:], first[0].flip(0)[:, 1:])
+    plain = xk.extract_regions(image, GRID, regions=(1, 4), scale=1)
+    assert torch.equal(cut[:, 0, :5], plain[:, 0, :5] - 1)  # below is padding, which stays zero
+    assert torch.equal(tokens, xk.stitch_regions(features.flip(0), GRID, regions=[4, 1]))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("memory_format", FORMATS)
-def test_a_region_is_the_same_alone_and_among_others(memory_format):
+def test_a_region_is_the_same_alone_and_among_others(memory_format, channels_last):
     grid = RegionGrid(90, 120, 16)
     image = torch.randint(0, 256, (3, 90, 120), dtype=torch.uint8)
+    image = image.movedim(0, -1).contiguous() if channels_last else image
     options = {"mean": MEAN[:3], "std": STD[:3], "memory_format": memory_format}
+    options["channels_last"] = channels_last
     whole = xk.extract_regions(image, grid, **options)
     for region in range(grid.num_regions):
         alone = xk.extract_regions(image, grid, regions=[region], **options)
@@ -703,7 +739,7 @@ def test_importing_the_ops_imports_no_triton():
 
 
 def test_eager_form_is_no_worse_than_the_definition():
-    for seed in range(20):
+    for seed in range(36):
         generator = torch.Generator().manual_seed(seed)
 
         def below(n, generator=generator):
@@ -711,9 +747,9 @@ def test_eager_form_is_no_worse_than_the_definition():
 
         grid = RegionGrid(1 + below(40), 1 + below(40), 2 + 2 * below(5))
         ids = torch.randperm(grid.num_regions, generator=generator).tolist()
-        if seed % 2:
-            ids = sorted(ids[: 1 + below(len(ids))])
-        channels_last, channels = bool(below(2)), 1 + below(4)
+        if seed % 3:
+            ids = sorted(ids[: 1 + below(len(ids))] if seed % 3 == 1 else ids)
+        channels_last, channels = bool(below(2)), 1 + below(len(MEAN))
         size = (grid.height, grid.width)
         shape = (2, *size, channels) if channels_last else (2, channels, *size)
         pixel = [torch.uint8, torch.uint16, torch.float32, torch.bfloat16][seed % 4]

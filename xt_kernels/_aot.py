@@ -2,7 +2,7 @@
 
     python -m xt_kernels._aot                  # compile all, print the resources, apply the rules
     python -m xt_kernels._aot --update-lock    # and accept the numbers for the installed Triton
-    python -m xt_kernels._aot --all            # each config with each dtype: half an hour, two cores
+    python -m xt_kernels._aot --all            # each config with each dtype: an hour of a core
 
 No GPU is needed: `triton.compile` takes a target, and Triton's wheel carries ptxas and cuobjdump.
 A module that holds kernels offers `aot_cases()`; each case is compiled aligned (pointers and

@@ -13,7 +13,7 @@ import torch
 
 from .. import _checks as checks
 from . import ops
-from .direct import is_plain
+from .direct import is_plain, remembered
 from .grid import Order, RegionGrid
 from .reference import normalisation
 
@@ -59,9 +59,47 @@ def extract_regions(
     given where a gradient is needed.
     """
     op = "extract_regions"
+    _check_tensor(op, "image", image)
+    wants_gradient = torch.is_grad_enabled() and image.requires_grad
+    layout = channels_last, dtype, memory_format
+    arguments = _extraction(
+        image, grid, regions, origin, mean, std, scale, *layout, out is None, wants_gradient
+    )
+    window = image.movedim(-1, -3) if channels_last else image
+    if out is None:
+        new: torch.Tensor = ops.extract_forward(window, *arguments)
+        return new
+    *others, _, _ = arguments
+    ids, side = arguments[2], grid.region
+    *batch, channels, _, _ = window.shape
+    sizes = [*batch, grid.num_regions if ids is None else len(ids), channels, side, side]
+    _check_out(op, out, "[B, R, C, s, s]" if batch else "[R, C, s, s]", sizes, dtype, image)
+    if batch:
+        ops.extract_into(window, out, *others)
+    else:
+        ops.extract_into(window[None], out[None], *others)
+    return out
+
+
+@remembered
+def _extraction(
+    image: torch.Tensor,
+    grid: RegionGrid,
+    regions: Sequence[int] | None,
+    origin: tuple[int, int],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    scale: float | None,
+    channels_last: bool,
+    dtype: torch.dtype | None,
+    memory_format: torch.memory_format,
+    is_new: bool,
+    wants_gradient: bool,
+) -> tuple[Any, ...]:
+    """What `ops.extract_forward` takes after the image, of checked arguments."""
+    op = "extract_regions"
     _check_grid(op, grid)
     layout = "h, w, C" if channels_last else "C, h, w"
-    _check_tensor(op, "image", image)
     checks.check_dim(op, "image", image, {3: f"[{layout}]", 4: f"[B, {layout}]"})
     checks.check_dtype(op, "image", image.dtype, _PIXELS)
     checks.check_supported_device(op, "image", image)
@@ -70,12 +108,11 @@ def extract_regions(
     if memory_format not in (torch.contiguous_format, torch.channels_last):
         rule = "be torch.contiguous_format or torch.channels_last"
         checks.fail(op, "memory_format", rule, str(memory_format))
-    if out is not None and memory_format != torch.contiguous_format:
+    if not is_new and memory_format != torch.contiguous_format:
         checks.fail(op, "memory_format", "be left out where out is given", str(memory_format))
-    batched = image.dim() == 4
-    window = image if batched else image[None]
-    window = window.movedim(-1, 1) if channels_last else window
-    channels = window.shape[1]
+    height, width, channels = (
+        image.shape[-3:] if channels_last else (*image.shape[-2:], image.shape[-3])
+    )
     means, stds = (
         None if values is None else _numbers(op, name, values, channels)
         for name, values in (("mean", mean), ("std", std))
@@ -95,27 +132,12 @@ def extract_regions(
         checks.fail(op, "origin", "be two integers, (row, column)", repr(origin))
     top, left = place
     ids = _region_list(op, "regions", regions, grid.num_regions, "the grid")
-    _check_window(grid, ids, top, left, window.shape[2], window.shape[3])
-    if torch.is_grad_enabled() and image.requires_grad:
+    _check_window(grid, ids, top, left, height, width)
+    if wants_gradient:
         _check_distinct(op, "regions", ids, " where image needs a gradient")
     geometry = (grid.height, grid.width, grid.region, top, left)
-    if out is None:
-        new: torch.Tensor = ops.extract_forward(
-            window,
-            gain,
-            bias,
-            ids,
-            *geometry,
-            dtype or torch.float32,
-            memory_format == torch.channels_last,
-        )
-        return new if batched else new.squeeze(0)
-    count = grid.num_regions if ids is None else len(ids)
-    sizes = [count, channels, grid.region, grid.region]
-    sizes = [window.shape[0], *sizes] if batched else sizes
-    _check_out(op, out, "[B, R, C, s, s]" if batched else "[R, C, s, s]", sizes, dtype, image)
-    ops.extract_into(window, out if batched else out[None], gain, bias, ids, *geometry)
-    return out
+    last = memory_format == torch.channels_last
+    return tuple(gain), tuple(bias), ids, *geometry, dtype or torch.float32, last
 
 
 def stitch_regions(
@@ -151,16 +173,46 @@ def stitch_regions(
     Raises ValueError if arguments disagree, or `out` is given where a gradient is needed.
     """
     op = "stitch_regions"
+    _check_tensor(op, "features", features)
+    arguments = _stitching(
+        features, grid, regions, chunk, channels_last, order, position, dtype, out is None
+    )
+    maps = features if channels_last else features.movedim(-3, -1)
+    if out is None:
+        new: torch.Tensor = ops.stitch_forward(maps, *arguments)
+        return new
+    ids, members, length, *others, _, _ = arguments
+    *batch, _, _, _, channels = maps.shape
+    sizes = [*batch, length, channels]
+    _check_out(op, out, "[B, L, C]" if batch else "[L, C]", sizes, dtype, features, "features")
+    if batch:
+        ops.stitch_into(maps, out, ids, members, *others)
+    else:
+        ops.stitch_into(maps[None], out[None], ids, members, *others)
+    return out
+
+
+@remembered
+def _stitching(
+    features: torch.Tensor,
+    grid: RegionGrid,
+    regions: Sequence[int] | None,
+    chunk: Sequence[int] | None,
+    channels_last: bool,
+    order: Order,
+    position: bool,
+    dtype: torch.dtype | None,
+    is_new: bool,
+) -> tuple[Any, ...]:
+    """What `ops.stitch_forward` takes after the features, of checked arguments."""
+    op = "stitch_regions"
     _check_grid(op, grid)
     layout = "t, t, C" if channels_last else "C, t, t"
-    _check_tensor(op, "features", features)
     checks.check_dim(op, "features", features, {4: f"[R, {layout}]", 5: f"[B, R, {layout}]"})
     checks.check_dtype(op, "features", features.dtype)
     checks.check_supported_device(op, "features", features)
-    batched = features.dim() == 5
-    maps = features if batched else features[None]
-    maps = maps if channels_last else maps.movedim(2, -1)
-    batch, count, side, across, channels = maps.shape
+    count, *sizes = features.shape[-4:]
+    side, across, channels = sizes if channels_last else (*sizes[1:], sizes[0])
     if side != across:
         checks.fail(op, "features", "have square token maps, t x t", f"{side} x {across}")
     if side < 1 or grid.region % side:
@@ -186,23 +238,11 @@ def stitch_regions(
     if count != expected:
         what = "chunk" if ids is None else "regions"
         checks.fail(op, "features", f"hold as many regions as {what} = {expected}", count)
-
+    if dtype is not None and is_new:
+        checks.check_dtype(op, "dtype", dtype)
     length = _length(grid, members, grid.region // side)
     geometry = (grid.height, grid.width, grid.region, order, bool(position))
-    if out is None:
-        if dtype is not None:
-            checks.check_dtype(op, "dtype", dtype)
-        partial = expected < size
-        dtype = dtype or features.dtype
-        new: torch.Tensor = ops.stitch_forward(
-            maps, ids, members, length, *geometry, dtype, partial
-        )
-        return new if batched else new.squeeze(0)
-
-    sizes = [batch, length, channels] if batched else [length, channels]
-    _check_out(op, out, "[B, L, C]" if batched else "[L, C]", sizes, dtype, features, "features")
-    ops.stitch_into(maps, out if batched else out[None], ids, members, *geometry)
-    return out
+    return ids, members, length, *geometry, dtype or features.dtype, expected < size
 
 
 def _check_out(

@@ -1,9 +1,10 @@
 """The registered ops behind `extract_regions` and `stitch_regions`: Triton on CUDA, eager on CPU.
 
 Arguments are checked by `api.py`. Images are `[B, C, h, w]`, features `[B, R, t, t, C]`, any
-strides. A grid is three integers, lists of regions are integers or None for all. Tables of places
-are made here, outside what torch.compile sees, and kept: they are small, and copying one to a GPU
-for each call would stall it.
+strides; where there may be a gradient B may be missing, since views that add it and take it away
+cost a backward pass 5 us. A grid is three integers, lists of regions are integers or None for all.
+Tables of places are made here, outside what torch.compile sees, and kept: they are small, and
+copying one to a GPU for each call would stall it.
 """
 
 from collections.abc import Sequence
@@ -96,14 +97,19 @@ def _inner(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _batched(tensor: torch.Tensor, dims: int) -> torch.Tensor:
+    """`tensor` with the axis B, of `dims` axes."""
+    return tensor if tensor.dim() == dims else tensor.unsqueeze(0)
+
+
 def _new_regions(
     image: torch.Tensor, num_regions: int, side: int, dtype: torch.dtype, channels_last: bool
 ) -> torch.Tensor:
-    batch, channels = image.shape[:2]
+    *batch, channels, _, _ = image.shape
     if channels_last:
-        out = image.new_empty((batch, num_regions, side, side, channels), dtype=dtype)
-        return out.movedim(-1, 2)
-    return image.new_empty((batch, num_regions, channels, side, side), dtype=dtype)
+        out = image.new_empty((*batch, num_regions, side, side, channels), dtype=dtype)
+        return out.movedim(-1, -3)
+    return image.new_empty((*batch, num_regions, channels, side, side), dtype=dtype)
 
 
 def _aligned(grid: RegionGrid, left: int) -> bool:
@@ -124,11 +130,11 @@ def extract_forward(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> torch.Tensor:
-    """`[B, R, C, s, s]` of the window at (top, left) of a height x width image."""
+    """`[B, R, C, s, s]` of the window at (top, left) of a height x width image, or without B."""
     grid = _grid(height, width, side)
     count = grid.num_regions if regions is None else len(regions)
     out = _new_regions(image, count, side, dtype, channels_last)
-    _extract(image, out, gain, bias, regions, grid, top, left)
+    _extract(_batched(image, 4), _batched(out, 5), gain, bias, regions, grid, top, left)
     return out
 
 
@@ -207,13 +213,16 @@ def extract_backward(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> torch.Tensor:
-    """Gradient `[B, C, h, w]` of a window of size `window` (h, w); zero where no region reads."""
+    """Gradient `[B, C, h, w]` of a window of size `window` (h, w), zero where no region reads; or
+    without B.
+    """
     grid = _grid(height, width, side)
     boxes = _boxes(grid, _ids(regions), top, left)
-    grad_image = _new_image(grad, window, dtype, channels_last, boxes)
+    new = _new_image(grad, window, dtype, channels_last, boxes)
+    grad, grad_image = _batched(grad, 5), _batched(new, 4)
     if not grad.is_cuda:
-        eager.extract_backward(grad, boxes, _constants(tuple(gain), _inner(dtype)), grad_image)
-        return grad_image
+        eager.extract_backward(grad, boxes, tuple(gain), grad_image)
+        return new
     from . import kernels
 
     with torch.cuda.device(grad.device):
@@ -224,7 +233,7 @@ def extract_backward(
             grad_image,
             _aligned(grid, left),
         )
-    return grad_image
+    return new
 
 
 @extract_backward.register_fake
@@ -247,20 +256,20 @@ def _new_image(
     boxes: torch.Tensor | None,
 ) -> torch.Tensor:
     """Zeros `[B, C, h, w]`, or uninitialised where distinct boxes cover the window."""
-    batch, channels = grad.shape[0], grad.shape[2]
+    *batch, _, channels, _, _ = grad.shape
     height, width = window
     covered = boxes is None or _area(boxes) == height * width
     new = grad.new_empty if covered else grad.new_zeros
     if channels_last:
-        return new((batch, height, width, channels), dtype=dtype).movedim(-1, 1)
-    return new((batch, channels, height, width), dtype=dtype)
+        return new((*batch, height, width, channels), dtype=dtype).movedim(-1, -3)
+    return new((*batch, channels, height, width), dtype=dtype)
 
 
 def _extract_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     image, gain, _, *geometry, _, _ = inputs
     ctx.gain, ctx.geometry = gain, geometry
-    ctx.window, ctx.dtype = list(image.shape[2:]), image.dtype
-    ctx.channels_last = image.stride(1) == 1 and image.shape[1] > 1
+    ctx.window, ctx.dtype = list(image.shape[-2:]), image.dtype
+    ctx.channels_last = image.stride(-3) == 1 and image.shape[-3] > 1
 
 
 def _extract_gradient(ctx, grad):  # type: ignore[no-untyped-def]
@@ -289,9 +298,10 @@ def stitch_forward(
     dtype: torch.dtype,
     partial: bool,
 ) -> torch.Tensor:
-    """Tokens `[B, L, C]`, L = length; with `partial` zero where no region writes."""
+    """Tokens `[B, L, C]`, L = length, or without B; with `partial` zero where no region writes."""
     out = _new_tokens(features, length, dtype, partial)
-    _stitch(features, regions, chunk, _grid(height, width, side), order, position, out)
+    maps, tokens = _batched(features, 5), _batched(out, 3)
+    _stitch(maps, regions, chunk, _grid(height, width, side), order, position, tokens)
     return out
 
 
@@ -326,7 +336,8 @@ def _new_tokens(
     features: torch.Tensor, length: int, dtype: torch.dtype, partial: bool
 ) -> torch.Tensor:
     new = features.new_zeros if partial else features.new_empty
-    return new((features.shape[0], length, features.shape[4]), dtype=dtype)
+    *batch, _, _, _, channels = features.shape
+    return new((*batch, length, channels), dtype=dtype)
 
 
 def _stitch(
@@ -363,18 +374,19 @@ def stitch_backward(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> torch.Tensor:
-    """Gradient `[B, R, t, t, C]` of the features, R = count, t = tokens_a_side."""
+    """Gradient `[B, R, t, t, C]` of the features, or without B; R = count, t = tokens_a_side."""
     grid = _grid(height, width, side)
     table = _places(grid, _ids(regions), _ids(chunk), side // tokens_a_side, order)[0]
-    out = _new_features(grad, count, tokens_a_side, dtype, channels_last)
+    new = _new_features(grad, count, tokens_a_side, dtype, channels_last)
+    grad, out = _batched(grad, 3), _batched(new, 5)
     if not grad.is_cuda:
         eager.stitch_backward(grad, table, out)
-        return out
+        return new
     from . import kernels
 
     with torch.cuda.device(grad.device):
         kernels.launch_stitch_backward(grad, _on(grad, table), out)
-    return out
+    return new
 
 
 @stitch_backward.register_fake
@@ -386,17 +398,18 @@ def _(grad: torch.Tensor, regions: Any, chunk: Any, count: int, *others: Any) ->
 def _new_features(
     grad: torch.Tensor, count: int, tokens_a_side: int, dtype: torch.dtype, channels_last: bool
 ) -> torch.Tensor:
-    batch, channels, t = grad.shape[0], grad.shape[2], tokens_a_side
+    *batch, _, channels = grad.shape
+    t = tokens_a_side
     if channels_last:
-        return grad.new_empty((batch, count, t, t, channels), dtype=dtype)
-    return grad.new_empty((batch, count, channels, t, t), dtype=dtype).movedim(2, -1)
+        return grad.new_empty((*batch, count, t, t, channels), dtype=dtype)
+    return grad.new_empty((*batch, count, channels, t, t), dtype=dtype).movedim(-3, -1)
 
 
 def _stitch_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     features, regions, chunk, _, height, width, side, order, *_ = inputs
-    ctx.lists = regions, chunk, features.shape[1]
-    ctx.geometry = height, width, side, order, features.shape[2]
-    ctx.dtype, ctx.channels_last = features.dtype, features.stride(4) == 1
+    ctx.lists = regions, chunk, features.shape[-4]
+    ctx.geometry = height, width, side, order, features.shape[-2]
+    ctx.dtype, ctx.channels_last = features.dtype, features.stride(-1) == 1
 
 
 def _stitch_gradient(ctx, grad):  # type: ignore[no-untyped-def]
