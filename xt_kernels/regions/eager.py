@@ -24,7 +24,8 @@ _BLOCK_ELEMENTS = 2**22
 # Where a block goes through a buffer, which is fresh memory: 4 MiB of fp32.
 _BUFFER_ELEMENTS = 2**20
 
-# Pixels become planes one by one for as few channels: 1.1 times as fast as all at once for three.
+# As few channels are moved one by one where that saves more than it costs: three planes of pixels
+# are 1.1 times as fast as all at once.
 _FEW_CHANNELS = 4
 
 _Table = list[list[int]]
@@ -106,9 +107,8 @@ def _steps(table: _Table, first: int, rows: int, cols: int, column: int) -> tupl
     return down, right
 
 
-def _limit(per_region: int, is_buffered: bool = False) -> int:
+def _limit(per_region: int, most: int = _BLOCK_ELEMENTS) -> int:
     """Regions in a block."""
-    most = _BUFFER_ELEMENTS if is_buffered else _BLOCK_ELEMENTS
     return max(1, most // max(1, per_region))
 
 
@@ -193,24 +193,21 @@ def _extraction(
         floats = "result"
     else:
         floats = "buffer" if by_planes or turns else "buffer of pixels"
-    limit = _limit(batch * channels * side * side, "buffer" in floats)
+    step = 1 if turns and channels <= _FEW_CHANNELS else channels
+    limit = _limit(batch * channels * side * side)
+    if "buffer" in floats:
+        limit = _limit(batch * step * side * side, _BUFFER_ELEMENTS)
     places, blocks = _blocks(boxes, (1,), (0,), limit)
     moves = []
     for first, rows, cols in blocks:
         source = _pixels(shape, strides, places, first, rows, cols)
         block = _split(out_shape, out_strides, first, rows, cols)
-        planes = _planes(source) if turns else None
-        step = 1 if planes and channels <= _FEW_CHANNELS else channels
         for channel in range(0, channels, step):
             some = source.part(3, channel, step)
             target, margins = _inside(block.part(3, channel, step), 4, *places[first][2:])
-            moves.append(
-                (
-                    _Move(some, target, margins),
-                    planes and _planes(some),
-                    values and values[channel : channel + step],
-                )
-            )
+            move = _Move(some, target, margins)
+            planes = _planes(some) if turns else None
+            moves.append((move, planes, values and values[channel : channel + step]))
     return _Extraction(moves, inner, floats, in_place)
 
 
@@ -292,36 +289,41 @@ def extract_forward(
 def _extraction_backward(
     shape: _Shape,
     strides: _Shape,
+    dtype: torch.dtype,
     boxes: torch.Tensor,
     gain: tuple[float, ...],
     out_shape: _Shape,
     out_strides: _Shape,
-    dtype: torch.dtype,
-) -> tuple[list[_Move], torch.Tensor]:
-    """The moves, and the gains as `[C, 1, 1]`."""
+    out_dtype: torch.dtype,
+) -> list[tuple[_Move, torch.Tensor | float]]:
+    """Blocks and their gains, `[C, 1, 1]` or that of the one channel that the block is."""
     batch, _, channels, side, _ = shape
-    inner = torch.promote_types(dtype, torch.float32)
+    inner = torch.promote_types(out_dtype, torch.float32)
     gains = torch.tensor(gain, dtype=inner, device="cpu")[:, None, None]
     places, blocks = _blocks(boxes, (1,), (0,), _limit(batch * channels * side * side))
-    moves = []
+    # PyTorch multiplies 16 bits by a number in fp32 without a copy, by an fp32 tensor with two.
+    one_by_one = dtype == out_dtype != inner and channels <= _FEW_CHANNELS
+    moves: list[tuple[_Move, torch.Tensor | float]] = []
     for first, rows, cols in blocks:
         block = _split(shape, strides, first, rows, cols)
         source, _ = _inside(block, 4, *places[first][2:])
         target = _pixels(out_shape, out_strides, places, first, rows, cols)
-        moves.append(_Move(source, target, ()))
-    return moves, gains
+        if not one_by_one:
+            moves.append((_Move(source, target, ()), gains))
+            continue
+        for c, factor in enumerate(gain):
+            moves.append((_Move(source.part(3, c, 1), target.part(3, c, 1), ()), factor))
+    return moves
 
 
 def extract_backward(
     grad: torch.Tensor, boxes: torch.Tensor, gain: tuple[float, ...], grad_image: torch.Tensor
 ) -> None:
     """Writes `grad` `[B, R, C, s, s]` times gain into `grad_image` `[B, C, h, w]` at `boxes`."""
-    ways = grad.shape, grad.stride(), boxes, gain
-    moves, gains = _extraction_backward(
-        *ways, grad_image.shape, grad_image.stride(), grad_image.dtype
-    )
-    for source, target, _ in moves:
-        torch.mul(source.of(grad), gains, out=target.of(grad_image))
+    ways = grad.shape, grad.stride(), grad.dtype, boxes, gain
+    moves = _extraction_backward(*ways, grad_image.shape, grad_image.stride(), grad_image.dtype)
+    for (source, target, _), factor in moves:
+        torch.mul(source.of(grad), factor, out=target.of(grad_image))
 
 
 @lru_cache(maxsize=16)
@@ -405,7 +407,8 @@ def _stitching(
     is_direct = dtype == out_dtype == inner
     if not count:
         return _Stitching([], inner, is_direct)
-    limit = _limit(batch * side * side * channels, position and not is_direct)
+    most = _BUFFER_ELEMENTS if position and not is_direct else _BLOCK_ELEMENTS
+    limit = _limit(batch * side * side * channels, most)
     entries, blocks = _blocks(table, (0, 5), (0, 4), limit)
     codes = _codes(table, limit, side, channels, inner) if position else [()] * len(blocks)
     half = channels // 2
