@@ -417,6 +417,20 @@ def test_in_short_shows_where_forms_end(tmp_path):
     assert "; naive 256 MiB / out of memory / - |" in short
 
 
+def test_dtypes_are_not_mixed_in_a_line(tmp_path):
+    """In short has the dtype of most rows; a plot has a line for each."""
+    wide = [kernel(n, 1.0, 2.0) for n in (1024, 4096)]
+    narrow = [kernel(n, 0.001, 0.004, dtype="bfloat16") for n in (1024, 4096)]
+    other = kernel(64, 1.0, 3.0)
+    page_ = page(write(tmp_path / "a.json", *narrow, *wide, other), tmp_path)
+    line = "| some_op, forward | 64 / 1,024 / 4,096 tokens | ours 1 s / 1 s / 1 s; eager"
+    assert line in section(page_, "In short")
+    drawn = (tmp_path / "out" / "plots" / "a-some_op-time.svg").read_text()
+    assert "forward, bfloat16: ours" in drawn and "forward, float32: ours" in drawn
+    short = section(page(write(tmp_path / "a.json", *narrow), tmp_path, "narrow"), "In short")
+    assert "| some_op, forward | 1,024 / 4,096 tokens | ours 1 ms / 1 ms" in short
+
+
 def test_roofline(tmp_path):
     """A point for each form with bytes and operations, under the ceilings of the record."""
     work = {"bytes": 10**9, "flops": 10**10, "floor": 0.5}

@@ -6,6 +6,7 @@ Each sentence is made from rows, and claims no more than they hold.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 
@@ -267,8 +268,12 @@ IN_SHORT = (
 
 
 def in_short(records: Sequence[Record], cite: Cite) -> Table:
-    """At most ten lines: for each kind of work its most compared variant."""
+    """At most ten lines: for each kind of work its most compared variant, in the dtype of most rows
+    if it is measured in that.
+    """
     rows = [row for record in records for row in record.rows]
+    dtypes = Counter(row.shape.dtype for row in rows)
+    usual = max(dtypes, key=lambda name: dtypes[name], default="")
     ops = {row.op: None for row in rows if row.op != "image"}
     order = sorted(ops, key=lambda op: ([*_IN_SHORT, op].index(op), op))
     lines = []
@@ -283,8 +288,11 @@ def in_short(records: Sequence[Record], cite: Cite) -> Table:
             cells = [size_text(group[0]), f"of the error of {group[0].first}, at best: {told}"]
             members, what = [row for _, *pair in ends for row in pair], op
         else:
-            members = _scaling(group) if op == SCALING else max(_by_variant(group), key=_telling)
+            alike = [row for row in group if row.shape.dtype == usual] or group
+            members = _scaling(group) if op == SCALING else max(_by_variant(alike), key=_telling)
             what = f"{op}, {members[0].variant}" if members[0].variant else op
+            dtype = members[0].shape.dtype
+            what += f", {dtype}" if dtype not in ("", usual) else ""
             cells = list(_in_line(members))
         lines.append([what, *cells, cite_all(members, cite)])
     return ["work", "size", "measured", "source"], lines
@@ -309,8 +317,12 @@ def _scaling(rows: Sequence[Row]) -> list[Row]:
 
 
 def _by_variant(rows: Iterable[Row]) -> list[list[Row]]:
-    ordered = sorted(rows, key=lambda r: r.variant)
-    return [list(group) for _, group in groupby(ordered, key=lambda r: r.variant)]
+    """Rows of one variant and dtype together."""
+
+    def work(row: Row) -> tuple[str, str]:
+        return row.variant, row.shape.dtype
+
+    return [list(group) for _, group in groupby(sorted(rows, key=work), key=work)]
 
 
 def _in_line(rows: Sequence[Row]) -> tuple[str, str]:

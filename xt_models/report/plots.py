@@ -52,11 +52,21 @@ def draw(records: Sequence[Record], folder: Path) -> Pictures:
             title = "Operations a second against operations a byte"
             add("roofline", f"{stem}-roofline", title, _roofline, record.rows, where)
             for op, group in groupby(sorted(record.rows, key=lambda r: r.op), key=lambda r: r.op):
-                rows = list(group)
+                rows = _named_by_dtype(list(group))
                 for kind, plot in _KINDS.items():
                     if op != ERRORS:
                         add(op, f"{stem}-{op}-{kind}", f"{op}: {kind}", plot, rows, where)
     return made
+
+
+def _named_by_dtype(rows: list[Row]) -> list[Row]:
+    """Rows of more than one dtype with that in the name of their variant: each is a line."""
+    if len({row.shape.dtype for row in rows}) < 2:
+        return rows
+    return [
+        replace(row, variant=", ".join(part for part in (row.variant, row.shape.dtype) if part))
+        for row in rows
+    ]
 
 
 def _figure(
