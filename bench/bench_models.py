@@ -16,8 +16,17 @@ from measure import DEVICE, SCHEMA, run_child, spread
 SCRIPT = Path(__file__).parent / "streaming.py"
 
 
+LONG = [("swinv2_tiny", "xl", 4096), ("swinv2_tiny", "none", 4096)]
+
+
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
-    ("encoder", "context", "side"), [("swinv2_tiny", "xl", 1024), ("convnext_atto", "none", 3072)]
+    ("encoder", "context", "side"),
+    [
+        ("swinv2_tiny", "xl", 1024),
+        ("convnext_atto", "none", 3072),
+        *[pytest.param(*case, marks=pytest.mark.full) for case in LONG],
+    ],
 )
 def test_streaming_against_encoder_only(benchmark, encoder, context, side):
     compare_streams(
