@@ -407,7 +407,7 @@ def _stitching(
     is_direct = dtype == out_dtype == inner
     if not count:
         return _Stitching([], inner, is_direct)
-    most = _BUFFER_ELEMENTS if position and not is_direct else _BLOCK_ELEMENTS
+    most = _BUFFER_ELEMENTS if position and out_dtype != inner else _BLOCK_ELEMENTS
     limit = _limit(batch * side * side * channels, most)
     entries, blocks = _blocks(table, (0, 5), (0, 4), limit)
     codes = _codes(table, limit, side, channels, inner) if position else [()] * len(blocks)
@@ -442,10 +442,14 @@ def stitch_forward(
         elif is_direct:
             torch.add(tokens, codes[0], out=place)
         else:
-            work = torch.empty(place.shape, dtype=inner, device="cpu").copy_(tokens)
+            work = place
+            if place.dtype != inner:
+                work = torch.empty(place.shape, dtype=inner, device="cpu")
+            work.copy_(tokens)
             for half, code in zip(work.chunk(2, 5), codes, strict=True):
                 half.add_(code)
-            place.copy_(work)
+            if work is not place:
+                place.copy_(work)
 
 
 @lru_cache(maxsize=64)
