@@ -512,6 +512,11 @@ def op_calls(device):
 def test_opcheck(number, device):
     op, args = list(op_calls(device))[number]
     torch.library.opcheck(op.registered, args)
+    if op not in (ops.extract_into, ops.stitch_into):
+        first, *others = args
+        alone = first[0].detach().requires_grad_(first.requires_grad)
+        torch.library.opcheck(op.registered, (alone, *others))
+        assert torch.equal(op(alone, *others), op(first, *others)[0])
 
 
 def test_compile_without_graph_break(device):
