@@ -90,8 +90,17 @@ class Op:
         self.register_fake = self.registered.register_fake
         self._with_gradient: Any = None
 
-    def register_autograd(self, gradient: Callable[..., Any], keep: Callable[..., None]) -> None:
-        """The gradient's formula and what it keeps, as `torch.library` has them."""
+    def register_autograd(
+        self,
+        gradient: Callable[..., Any],
+        keep: Callable[..., None],
+        pull: Callable[..., Callable[[torch.Tensor], torch.Tensor]],
+    ) -> None:
+        """gradient, keep: the formula and what it keeps, as `torch.library` has them.
+
+        pull: of the tensor, the output and the other inputs makes the backward pass for a plain
+            gradient, so that little is left to do in it.
+        """
         self.registered.register_autograd(gradient, setup_context=keep)
         once = once_differentiable(gradient)
 
@@ -99,11 +108,13 @@ class Op:
         def forward(ctx: Any, tensor: torch.Tensor, others: tuple[Any, ...]) -> Any:
             output = self.function(tensor, *others)
             keep(ctx, (tensor, *others), output)
+            ctx.pull = pull(tensor, output, *others)
             return output
 
         def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None]:
-            # Without a graph of its own there is nothing that could be differentiated twice.
-            return (once if torch.is_grad_enabled() else gradient)(ctx, grad)[0], None
+            if torch.is_grad_enabled():  # what it gives may be differentiated, which `once` refuses
+                return once(ctx, grad)[0], None
+            return ctx.pull(grad) if is_plain(grad) else gradient(ctx, grad)[0], None
 
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         self._with_gradient = type(self.function.__name__, (torch.autograd.Function,), members)

@@ -9,6 +9,8 @@ alike in these: a call itself makes views and moves.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from operator import itemgetter
 from typing import NamedTuple
@@ -110,6 +112,12 @@ def _steps(table: _Table, first: int, rows: int, cols: int, column: int) -> tupl
 def _limit(per_region: int, most: int = _BLOCK_ELEMENTS) -> int:
     """Regions in a block."""
     return max(1, most // max(1, per_region))
+
+
+def _batched(shape: Sequence[int], strides: Sequence[int], dims: int) -> tuple[_Shape, _Shape]:
+    """Both with the axis B, of `dims` axes."""
+    missing = dims - len(shape)
+    return (*[1] * missing, *shape), (*[0] * missing, *strides)
 
 
 def _split(shape: _Shape, strides: _Shape, first: int, rows: int, cols: int) -> _View:
@@ -285,45 +293,73 @@ def extract_forward(
             target.copy_(work)
 
 
+def layout(sizes: Sequence[int], stored: Sequence[int]) -> list[int]:
+    """Strides of a dense tensor whose last three axes are stored in the order `stored`."""
+    before = len(sizes) - 3
+    strides, step = [0] * len(sizes), 1
+    for axis in reversed([*range(before), *(before + axis for axis in stored)]):
+        strides[axis] = step
+        step *= max(sizes[axis], 1)
+    return strides
+
+
+PLANES, PIXELS = (0, 1, 2), (1, 2, 0)
+"""Orders of the axes of images `[C, h, w]`."""
+TOKENS, MAPS = (0, 1, 2), (2, 0, 1)
+"""Orders of the axes of features `[t, t, C]`."""
+
+Pull = Callable[[torch.Tensor], torch.Tensor]
+
+
 @lru_cache(maxsize=64)
-def _extraction_backward(
+def extract_pull(
     shape: _Shape,
     strides: _Shape,
-    dtype: torch.dtype,
+    pixel: torch.dtype,
     boxes: torch.Tensor,
     gain: tuple[float, ...],
-    out_shape: _Shape,
-    out_strides: _Shape,
-    out_dtype: torch.dtype,
-) -> list[tuple[_Move, torch.Tensor | float]]:
-    """Blocks and their gains, `[C, 1, 1]` or that of the one channel that the block is."""
-    batch, _, channels, side, _ = shape
-    inner = torch.promote_types(out_dtype, torch.float32)
+    window: _Shape,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Pull:
+    """The backward pass of extraction: `[B, R, C, s, s]`, or without B, to that of the image, times
+    gain at `boxes` and zero elsewhere.
+
+    shape, strides, pixel: of the gradient that comes. window, dtype: size and dtype of the image.
+    """
+    *batch, _, channels, side, _ = shape
+    sizes = (*batch, channels, *window)
+    steps = layout(sizes, PIXELS if channels_last else PLANES)
+    inner = torch.promote_types(dtype, torch.float32)
     gains = torch.tensor(gain, dtype=inner, device="cpu")[:, None, None]
-    places, blocks = _blocks(boxes, (1,), (0,), _limit(batch * channels * side * side))
+    per_region = math.prod(batch) * channels * side * side
+    places, blocks = _blocks(boxes, (1,), (0,), _limit(per_region))
+    is_covered = sum(height * width for _, _, height, width in places) == math.prod(window)
     # PyTorch multiplies 16 bits by a number in fp32 without a copy, by an fp32 tensor with two.
-    one_by_one = dtype == out_dtype != inner and channels <= _FEW_CHANNELS
-    moves: list[tuple[_Move, torch.Tensor | float]] = []
+    one_by_one = pixel == dtype != inner and channels <= _FEW_CHANNELS
+    moves: list[tuple[_View, _View, torch.Tensor | float]] = []
     for first, rows, cols in blocks:
-        block = _split(shape, strides, first, rows, cols)
+        block = _split(*_batched(shape, strides, 5), first, rows, cols)
         source, _ = _inside(block, 4, *places[first][2:])
-        target = _pixels(out_shape, out_strides, places, first, rows, cols)
+        target = _pixels(*_batched(sizes, steps, 4), places, first, rows, cols)
         if not one_by_one:
-            moves.append((_Move(source, target, ()), gains))
+            moves.append((source, target, gains))
             continue
         for c, factor in enumerate(gain):
-            moves.append((_Move(source.part(3, c, 1), target.part(3, c, 1), ()), factor))
-    return moves
+            moves.append((source.part(3, c, 1), target.part(3, c, 1), factor))
 
+    def pull(grad: torch.Tensor) -> torch.Tensor:
+        if grad.stride() != strides:
+            ways = pixel, boxes, gain, window, dtype, channels_last
+            return extract_pull(grad.shape, grad.stride(), *ways)(grad)
+        new = torch.empty_strided(sizes, steps, dtype=dtype, device="cpu")
+        if not is_covered:
+            new.zero_()
+        for source, target, factor in moves:
+            torch.mul(source.of(grad), factor, out=target.of(new))
+        return new
 
-def extract_backward(
-    grad: torch.Tensor, boxes: torch.Tensor, gain: tuple[float, ...], grad_image: torch.Tensor
-) -> None:
-    """Writes `grad` `[B, R, C, s, s]` times gain into `grad_image` `[B, C, h, w]` at `boxes`."""
-    ways = grad.shape, grad.stride(), grad.dtype, boxes, gain
-    moves = _extraction_backward(*ways, grad_image.shape, grad_image.stride(), grad_image.dtype)
-    for (source, target, _), factor in moves:
-        torch.mul(source.of(grad), factor, out=target.of(grad_image))
+    return pull
 
 
 @lru_cache(maxsize=16)
@@ -453,25 +489,39 @@ def stitch_forward(
 
 
 @lru_cache(maxsize=64)
-def _stitching_backward(
-    shape: _Shape, strides: _Shape, table: torch.Tensor, out_shape: _Shape, out_strides: _Shape
-) -> list[_Move]:
+def stitch_pull(
+    shape: _Shape,
+    strides: _Shape,
+    table: torch.Tensor,
+    side: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Pull:
+    """The backward pass of stitching: `[B, L, C]`, or without B, to that of the features, zero for
+    padding.
+
+    shape, strides: of the gradient that comes. side, dtype: of the features.
+    """
+    *batch, _, channels = shape
+    sizes = (*batch, len(table), side, side, channels)
+    steps = layout(sizes, TOKENS if channels_last else MAPS)
     entries, blocks = _blocks(table, (0, 5), (0, 4), len(table))
     moves = []
     for first, rows, cols in blocks:
-        block = _split(out_shape, out_strides, first, rows, cols)
+        block = _split(*_batched(sizes, steps, 5), first, rows, cols)
         target, margins = _inside(block, 3, *entries[first][2:4])
-        source = _places(shape, strides, entries, first, rows, cols)
+        source = _places(*_batched(shape, strides, 3), entries, first, rows, cols)
         moves.append(_Move(source, target, margins))
-    return moves
 
+    def pull(grad: torch.Tensor) -> torch.Tensor:
+        if grad.stride() != strides:
+            ways = table, side, dtype, channels_last
+            return stitch_pull(grad.shape, grad.stride(), *ways)(grad)
+        new = torch.empty_strided(sizes, steps, dtype=dtype, device="cpu")
+        for source, target, margins in moves:
+            for margin in margins:
+                margin.of(new).zero_()
+            target.of(new).copy_(source.of(grad))
+        return new
 
-def stitch_backward(
-    grad_out: torch.Tensor, table: torch.Tensor, grad_features: torch.Tensor
-) -> None:
-    """Fills `grad_features` `[B, R, t, t, C]` from `grad_out` `[B, L, C]`, zero for padding."""
-    ways = grad_out.shape, grad_out.stride(), table, grad_features.shape, grad_features.stride()
-    for source, target, margins in _stitching_backward(*ways):
-        for margin in margins:
-            margin.of(grad_features).zero_()
-        target.of(grad_features).copy_(source.of(grad_out))
+    return pull

@@ -7,6 +7,7 @@ Tables of places are made here, outside what torch.compile sees, and kept: they 
 copying one to a GPU for each call would stall it.
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -218,13 +219,13 @@ def extract_backward(
     """
     grid = _grid(height, width, side)
     boxes = _boxes(grid, _ids(regions), top, left)
-    new = _new_image(grad, window, dtype, channels_last, boxes)
-    grad, grad_image = _batched(grad, 5), _batched(new, 4)
     if not grad.is_cuda:
-        eager.extract_backward(grad, boxes, tuple(gain), grad_image)
-        return new
+        ways = boxes, tuple(gain), tuple(window), dtype, channels_last
+        return eager.extract_pull(grad.shape, grad.stride(), grad.dtype, *ways)(grad)
     from . import kernels
 
+    new = _new_image(grad, window, dtype, channels_last, boxes)
+    grad, grad_image = _batched(grad, 5), _batched(new, 4)
     with torch.cuda.device(grad.device):
         kernels.launch_extract_backward(
             grad,
@@ -257,19 +258,28 @@ def _new_image(
 ) -> torch.Tensor:
     """Zeros `[B, C, h, w]`, or uninitialised where distinct boxes cover the window."""
     *batch, _, channels, _, _ = grad.shape
-    height, width = window
-    covered = boxes is None or _area(boxes) == height * width
-    new = grad.new_empty if covered else grad.new_zeros
-    if channels_last:
-        return new((*batch, height, width, channels), dtype=dtype).movedim(-1, -3)
-    return new((*batch, channels, height, width), dtype=dtype)
+    sizes = [*batch, channels, *window]
+    steps = eager.layout(sizes, eager.PIXELS if channels_last else eager.PLANES)
+    new = grad.new_empty_strided(sizes, steps, dtype=dtype)
+    return new if boxes is None or _area(boxes) == math.prod(window) else new.zero_()
+
+
+def _by_pixel(image: torch.Tensor) -> bool:
+    return image.stride(-3) == 1 and image.shape[-3] > 1
 
 
 def _extract_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     image, gain, _, *geometry, _, _ = inputs
     ctx.gain, ctx.geometry = gain, geometry
     ctx.window, ctx.dtype = list(image.shape[-2:]), image.dtype
-    ctx.channels_last = image.stride(-3) == 1 and image.shape[-3] > 1
+    ctx.channels_last = _by_pixel(image)
+
+
+def _extract_pull(image, out, gain, bias, regions, height, width, side, top, left, *_):  # type: ignore[no-untyped-def]
+    boxes = _boxes(_grid(height, width, side), _ids(regions), top, left)
+    window = tuple(image.shape[-2:])
+    ways = boxes, tuple(gain), window, image.dtype, _by_pixel(image)
+    return eager.extract_pull(out.shape, out.stride(), out.dtype, *ways)
 
 
 def _extract_gradient(ctx, grad):  # type: ignore[no-untyped-def]
@@ -281,7 +291,7 @@ def _extract_gradient(ctx, grad):  # type: ignore[no-untyped-def]
     return grad_image, *[None] * 10
 
 
-extract_forward.register_autograd(_extract_gradient, _extract_setup)
+extract_forward.register_autograd(_extract_gradient, _extract_setup, _extract_pull)
 
 
 @op("xt::stitch_regions_fwd")
@@ -377,13 +387,13 @@ def stitch_backward(
     """Gradient `[B, R, t, t, C]` of the features, or without B; R = count, t = tokens_a_side."""
     grid = _grid(height, width, side)
     table = _places(grid, _ids(regions), _ids(chunk), side // tokens_a_side, order)[0]
-    new = _new_features(grad, count, tokens_a_side, dtype, channels_last)
-    grad, out = _batched(grad, 3), _batched(new, 5)
     if not grad.is_cuda:
-        eager.stitch_backward(grad, table, out)
-        return new
+        ways = table, tokens_a_side, dtype, channels_last
+        return eager.stitch_pull(grad.shape, grad.stride(), *ways)(grad)
     from . import kernels
 
+    new = _new_features(grad, count, tokens_a_side, dtype, channels_last)
+    grad, out = _batched(grad, 3), _batched(new, 5)
     with torch.cuda.device(grad.device):
         kernels.launch_stitch_backward(grad, _on(grad, table), out)
     return new
@@ -399,10 +409,9 @@ def _new_features(
     grad: torch.Tensor, count: int, tokens_a_side: int, dtype: torch.dtype, channels_last: bool
 ) -> torch.Tensor:
     *batch, _, channels = grad.shape
-    t = tokens_a_side
-    if channels_last:
-        return grad.new_empty((*batch, count, t, t, channels), dtype=dtype)
-    return grad.new_empty((*batch, count, channels, t, t), dtype=dtype).movedim(-3, -1)
+    sizes = [*batch, count, tokens_a_side, tokens_a_side, channels]
+    steps = eager.layout(sizes, eager.TOKENS if channels_last else eager.MAPS)
+    return grad.new_empty_strided(sizes, steps, dtype=dtype)
 
 
 def _stitch_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -410,6 +419,14 @@ def _stitch_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.lists = regions, chunk, features.shape[-4]
     ctx.geometry = height, width, side, order, features.shape[-2]
     ctx.dtype, ctx.channels_last = features.dtype, features.stride(-1) == 1
+
+
+def _stitch_pull(features, out, regions, chunk, length, height, width, side, order, *_):  # type: ignore[no-untyped-def]
+    tokens_a_side = features.shape[-2]
+    grid, stride = _grid(height, width, side), side // tokens_a_side
+    table = _places(grid, _ids(regions), _ids(chunk), stride, order)[0]
+    ways = table, tokens_a_side, features.dtype, features.stride(-1) == 1
+    return eager.stitch_pull(out.shape, out.stride(), *ways)
 
 
 def _stitch_gradient(ctx, grad):  # type: ignore[no-untyped-def]
@@ -421,4 +438,4 @@ def _stitch_gradient(ctx, grad):  # type: ignore[no-untyped-def]
     return grad_features, *[None] * 10
 
 
-stitch_forward.register_autograd(_stitch_gradient, _stitch_setup)
+stitch_forward.register_autograd(_stitch_gradient, _stitch_setup, _stitch_pull)
