@@ -799,7 +799,7 @@ def spanning(**options: Any) -> None:
 
 
 @train_.command("megapixel-digits")
-@_table_options(400, "32 canvases")
+@_table_options(1600, "32 canvases")
 def megapixel_digits(**options: Any) -> None:
     """The same on canvases of 1,024 to 4,096 px: a digit there, which one counts here."""
     _train_table("megapixel-digits", **options)
