@@ -65,9 +65,16 @@ def test_what_is_noted(no_memory_pass):
     median = info["seconds"]["ours"]["median"]
     assert info["units_per_s"] == {"what": "things", "value": 4 / median}
     assert info["over_floor"] == median / info["floor"] and "memory" not in info
-    # In turns: after the check, which warms up, each form once a round.
+    # In turns: after the check, which warms up, each form once a round, each comes first once.
     turns = [calls[i : i + 3] for i in range(3, 18, 3)]
-    assert turns == [["ours", "one", "two"]] * 5
+    assert [sorted(turn) for turn in turns] == [["one", "ours", "two"]] * 5
+    assert {turn[0] for turn in turns} == {"ours", "one", "two"}
+    again = calls[3:18]
+    calls.clear()
+    measure.compare(
+        Benchmark(), form("ours"), {"one": form("one"), "two": form("two")}, 2**20, rounds=5
+    )
+    assert calls[3:18] == again
 
 
 def test_a_wrong_answer_fails(no_memory_pass):

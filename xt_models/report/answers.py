@@ -272,7 +272,7 @@ def in_short(records: Sequence[Record], cite: Cite) -> Table:
     if it is measured in that.
     """
     rows = [row for record in records for row in record.rows]
-    dtypes = Counter(row.shape.dtype for row in rows)
+    dtypes = Counter(row.shape.dtype for row in rows if row.shape.dtype)
     usual = max(dtypes, key=lambda name: dtypes[name], default="")
     ops = {row.op: None for row in rows if row.op != "image"}
     order = sorted(ops, key=lambda op: ([*_IN_SHORT, op].index(op), op))
