@@ -65,10 +65,10 @@ def test_what_is_noted(no_memory_pass):
     median = info["seconds"]["ours"]["median"]
     assert info["units_per_s"] == {"what": "things", "value": 4 / median}
     assert info["over_floor"] == median / info["floor"] and "memory" not in info
-    # In turns: after the check, which warms up, each form once a round, each comes first once.
+    # In turns: after the check, which warms up, each form once a round, in more than one order.
     turns = [calls[i : i + 3] for i in range(3, 18, 3)]
     assert [sorted(turn) for turn in turns] == [["one", "ours", "two"]] * 5
-    assert {turn[0] for turn in turns} == {"ours", "one", "two"}
+    assert len({tuple(turn) for turn in turns}) > 1
     again = calls[3:18]
     calls.clear()
     measure.compare(
