@@ -5,6 +5,7 @@ is imported here.
 """
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +18,9 @@ if not HAS_GPU:
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers that each start a thread per core only get in one another's way.
     torch.set_num_threads(1)
+# A run in the background of a script ignores Ctrl-C, and so would the processes that it is sent to.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:
