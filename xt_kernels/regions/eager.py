@@ -319,6 +319,7 @@ def extract_pull(
     boxes: torch.Tensor,
     gain: tuple[float, ...],
     window: _Shape,
+    is_covered: bool,
     dtype: torch.dtype,
     channels_last: bool,
 ) -> Pull:
@@ -326,6 +327,7 @@ def extract_pull(
     gain at `boxes` and zero elsewhere.
 
     shape, strides, pixel: of the gradient that comes. window, dtype: size and dtype of the image.
+    is_covered: no pixel of it lies outside `boxes`.
     """
     *batch, _, channels, side, _ = shape
     sizes = (*batch, channels, *window)
@@ -334,7 +336,6 @@ def extract_pull(
     gains = torch.tensor(gain, dtype=inner, device="cpu")[:, None, None]
     per_region = math.prod(batch) * channels * side * side
     places, blocks = _blocks(boxes, (1,), (0,), _limit(per_region))
-    is_covered = sum(height * width for _, _, height, width in places) == math.prod(window)
     # PyTorch multiplies 16 bits by a number in fp32 without a copy, by an fp32 tensor with two.
     one_by_one = pixel == dtype != inner and channels <= _FEW_CHANNELS
     moves: list[tuple[_View, _View, torch.Tensor | float]] = []
@@ -350,7 +351,7 @@ def extract_pull(
 
     def pull(grad: torch.Tensor) -> torch.Tensor:
         if grad.stride() != strides:
-            ways = pixel, boxes, gain, window, dtype, channels_last
+            ways = pixel, boxes, gain, window, is_covered, dtype, channels_last
             return extract_pull(grad.shape, grad.stride(), *ways)(grad)
         new = torch.empty_strided(sizes, steps, dtype=dtype, device="cpu")
         if not is_covered:

@@ -220,7 +220,8 @@ def extract_backward(
     grid = _grid(height, width, side)
     boxes = _boxes(grid, _ids(regions), top, left)
     if not grad.is_cuda:
-        ways = boxes, tuple(gain), tuple(window), dtype, channels_last
+        is_covered = _covers(boxes, window)
+        ways = boxes, tuple(gain), tuple(window), is_covered, dtype, channels_last
         return eager.extract_pull(grad.shape, grad.stride(), grad.dtype, *ways)(grad)
     from . import kernels
 
@@ -249,6 +250,11 @@ def _area(boxes: torch.Tensor) -> int:
     return int((boxes[:, 2] * boxes[:, 3]).sum())
 
 
+def _covers(boxes: torch.Tensor, window: Sequence[int]) -> bool:
+    """Whether distinct boxes hold every pixel of a window of this size."""
+    return _area(boxes) == math.prod(window)
+
+
 def _new_image(
     grad: torch.Tensor,
     window: Sequence[int],
@@ -256,12 +262,12 @@ def _new_image(
     channels_last: bool,
     boxes: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Zeros `[B, C, h, w]`, or uninitialised where distinct boxes cover the window."""
+    """Zeros `[B, C, h, w]`, or uninitialised where `boxes` cover the window, or are None."""
     *batch, _, channels, _, _ = grad.shape
     sizes = [*batch, channels, *window]
     steps = eager.layout(sizes, eager.PIXELS if channels_last else eager.PLANES)
     new = grad.new_empty_strided(sizes, steps, dtype=dtype)
-    return new if boxes is None or _area(boxes) == math.prod(window) else new.zero_()
+    return new if boxes is None or _covers(boxes, window) else new.zero_()
 
 
 def _by_pixel(image: torch.Tensor) -> bool:
@@ -278,7 +284,7 @@ def _extract_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 def _extract_pull(image, out, gain, bias, regions, height, width, side, top, left, *_):  # type: ignore[no-untyped-def]
     boxes = _boxes(_grid(height, width, side), _ids(regions), top, left)
     window = tuple(image.shape[-2:])
-    ways = boxes, tuple(gain), window, image.dtype, _by_pixel(image)
+    ways = boxes, tuple(gain), window, _covers(boxes, window), image.dtype, _by_pixel(image)
     return eager.extract_pull(out.shape, out.stride(), out.dtype, *ways)
 
 
