@@ -43,8 +43,8 @@ EXTRACT_PLANES_CONFIGS = (
     Config({"ROWS": 8, "BLOCK_H": 8, "BLOCK_W": 256, "BLOCK_C": 4}, num_warps=4),
     Config({"ROWS": 16, "BLOCK_H": 2, "BLOCK_W": 256, "BLOCK_C": 4}, num_warps=8),
 )
-# Interleaved channels are read value by value, so BLOCK_H is small: a thread then has few columns
-# of a row, and a warp's load spans 2 or 4 cache lines instead of 7.
+# Interleaved channels are read value by value, so BLOCK_H is small and a thread has one or two
+# columns of a row: a warp's load of 32 of them spans few cache lines.
 EXTRACT_PIXELS_CONFIGS = (
     Config({"ROWS": 16, "BLOCK_H": 1, "BLOCK_W": 256, "BLOCK_C": 4}, num_warps=8),
     Config({"ROWS": 8, "BLOCK_H": 2, "BLOCK_W": 256, "BLOCK_C": 4}, num_warps=8),
