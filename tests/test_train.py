@@ -25,7 +25,7 @@ from xt_models import host
 from xt_models.cli import main
 from xt_models.journal import verify
 from xt_models.train import config, fit
-from xt_models.train.tasks import make_task, seeded
+from xt_models.train.tasks import make_tasks, seeded
 from xt_models.train.tasks.base import Turn
 from xt_models.train.tasks.classification import Classification, as_float
 from xt_models.train.tasks.segmentation import Segmentation
@@ -72,6 +72,11 @@ def recipe_of(root, **changes):
         table, _, name = key.partition("_")
         tables[table][name] = value
     return config.from_dict(tables)
+
+
+def make_task(recipe):
+    (task,) = make_tasks(recipe).values()
+    return task
 
 
 def losses(out):
@@ -293,19 +298,18 @@ def test_another_recipe_or_other_data_do_not_go_on(root, tmp_path):
 
 RANK = """
 from test_train import *
-fit.fit(recipe_of(Path(sys.argv[1])), Path(sys.argv[2]), device="cpu")
+fit.fit({recipe}, Path(sys.argv[2]), device="cpu")
 """
 
 
-def test_two_processes_train_the_same_model(trained, root, tmp_path):
-    """Two ranks see one batch between them: losses as in one process, up to rounding."""
-    recipe = "recipe_of(Path(sys.argv[1]), augment_mixup=0.0, augment_cutmix=0.0)"
+def in_two_processes(recipe, root, out):
+    """Trains the recipe of an expression."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = [
         child(
-            RANK.replace("recipe_of(Path(sys.argv[1]))", recipe), root, tmp_path / "two",
+            RANK.format(recipe=recipe), root, out,
             RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
         )
@@ -314,6 +318,12 @@ def test_two_processes_train_the_same_model(trained, root, tmp_path):
     for process in ranks:
         _, said = process.communicate(timeout=300)
         assert process.returncode == 0, said
+
+
+def test_two_processes_train_the_same_model(root, tmp_path):
+    """Two ranks see one batch between them: losses as in one process, up to rounding."""
+    recipe = "recipe_of(Path(sys.argv[1]), augment_mixup=0.0, augment_cutmix=0.0)"
+    in_two_processes(recipe, root, tmp_path / "two")
     fit.fit(recipe_of(root, augment_mixup=0.0, augment_cutmix=0.0), tmp_path / "one", device="cpu")
     assert json.loads((tmp_path / "two" / "run.json").read_text())["run"]["processes"] == 2
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
@@ -377,6 +387,16 @@ def test_a_loss_that_is_not_finite_leaves_what_was_good(root, tmp_path, monkeypa
         ("[model]\ngradient = 3", r"model\.gradient must be str, got 3"),
         ("epochs = ", r"expected TOML, found: "),
         ("epochs = 3", r"unknown key 'epochs'"),
+        ("tasks = {}", r"tasks must be a table for each task, got \{\}"),
+        ("[tasks.a]\n[head]\nkind = 'fcos'", r"head must be left out beside tasks"),
+        ("[tasks.a]\nwait = 2", r"tasks\.a: unknown key 'wait'\. Near it: weight\."),
+        ("[tasks.a]\nweight = 0", r"tasks\.a\.weight must be above 0 and finite, got 0\.0"),
+        ("[tasks.a]\nweight = nan", r"tasks\.a\.weight must be above 0 and finite, got nan"),
+        ("[tasks.a]\ndata = 3", r"tasks\.a\.data must be a table, got 3"),
+        ("[tasks]\na = 3", r"tasks\.a must be a table, got 3"),
+        ("[tasks.'a/b']", r"tasks\.a/b: its name must be a word, which the head gets, got 'a/b'"),
+        ("[tasks.a.data]\nsise = 3", r"tasks\.a\.data: unknown key 'sise'\. Near it: size\."),
+        ("[augment]\nscale = [0.5, 2]\n[tasks.a]", r"augment\.scale must be two numbers"),
     ],
 )
 def test_a_recipe_is_refused_by_the_key(text, message, tmp_path):
@@ -391,10 +411,15 @@ def test_values_are_replaced_by_dotted_key(tmp_path):
     (tmp_path / "mine.toml").write_text("[data]\nroot = 'here'\n[train]\nlr = 1\n")
     recipe = config.load(tmp_path / "mine.toml", {"train.epochs": 3, "model.chunk_regions": 0})
     assert recipe.train.epochs == 3.0 and recipe.train.lr == 1.0
-    assert recipe.data.root == str(tmp_path / "here")
+    assert recipe.tasks[""].data.root == str(tmp_path / "here")
     assert recipe.model.fields == {"chunk_regions": None}
     with pytest.raises(ValueError, match=r"must be TABLE\.KEY, got 'epochs'"):
         config.load(tmp_path / "mine.toml", {"epochs": 3})
+    with pytest.raises(ValueError, match=r"lr in train\.lr\.x must be a table, got 1"):
+        config.load(tmp_path / "mine.toml", {"train.lr.x": 3})
+    recipe = config.load(tmp_path / "mine.toml", {"tasks.a.data.size": 9, "tasks.a.weight": 2})
+    part = recipe.tasks["a"]
+    assert (part.data.size, part.data.root, part.weight) == (9, str(tmp_path / "here"), 2.0)
     with pytest.raises(FileNotFoundError, match="CONFIG must be a TOML file or one of"):
         config.load("no-such-recipe")
 
@@ -501,7 +526,7 @@ def test_every_row_of_the_papers_table_has_its_recipe():
         assert row["top1"] in title
         recipe = config.load(recipes[title])
         size, _, region = row["size"].partition("/")
-        assert recipe.data.shape == (int(size),) * 2
+        assert recipe.tasks[""].data.shape == (int(size),) * 2
         assert recipe.model.name.endswith(f"_{region or size}")
         assert recipe.train.lr == (1e-5 if row["model"] in ("Swin-B", "Swin-L") else 1e-4)
         if row["model"] not in ("Swin-T", "Hiera-B", "Hiera-B+") or not row["params_m"]:
@@ -519,10 +544,10 @@ def test_a_base_gives_what_a_recipe_does_not(tmp_path):
     (tmp_path / "a.toml").write_text("[train]\nlr = 3.0\nepochs = 7\n[data]\nsize = 32")
     (tmp_path / "b.toml").write_text("base = 'a.toml'\n[train]\nlr = 4.0")
     recipe = config.load(tmp_path / "b.toml")
-    assert (recipe.train.lr, recipe.train.epochs, recipe.data.size) == (4.0, 7.0, 32)
+    assert (recipe.train.lr, recipe.train.epochs, recipe.tasks[""].data.size) == (4.0, 7.0, 32)
     (tmp_path / "c.toml").write_text("base = 'classify-folder'\n[data]\nroot = 'x'")
     recipe = config.load(tmp_path / "c.toml")
-    assert recipe.model.pretrained and recipe.data.root == str(tmp_path / "x")
+    assert recipe.model.pretrained and recipe.tasks[""].data.root == str(tmp_path / "x")
     (tmp_path / "a.toml").write_text("base = 'b.toml'")
     with pytest.raises(ValueError, match=r"base must be a recipe that is not built on this one"):
         config.load(tmp_path / "b.toml")
@@ -649,8 +674,9 @@ def test_a_run_may_start_from_a_saved_model(trained, root, tmp_path):
     more = tmp_path / "more"
     shutil.copytree(root, more)
     picture(more / "train" / "third" / "0.png", 20, (60, 60), np.random.default_rng(0))
-    start = replace(start, data=replace(start.data, root=str(more)))
-    model = fit.build_model(start, make_task(start))
+    part = start.tasks[""]
+    start = replace(start, tasks={"": replace(part, data=replace(part.data, root=str(more)))})
+    model = fit.build_model(start, make_tasks(start))
     state = model.state_dict()
     assert len(state["head.1.weight"]) == 3 != len(before["head.1.weight"])
     assert torch.equal(state["head.0.weight"], before["head.0.weight"])
@@ -894,13 +920,13 @@ def test_a_batch_is_shared_by_processes_and_mixed_in_pairs(processes, size, mixe
 
     recipe = recipe_of(root, train_batch_size=size, train_accumulate=1,
                        augment_mixup=0.2 * mixes, augment_cutmix=0.0)  # fmt: skip
-    task = make_task(recipe)
-    model = fit.build_model(recipe, task)
+    tasks = make_tasks(recipe)
+    model = fit.build_model(recipe, tasks)
     if rule is None:
-        fit._Fitter(recipe, task, model, Accelerator())
+        fit._Fitter(recipe, tasks, model, Accelerator())
         return
     with pytest.raises(ValueError, match=rule):
-        fit._Fitter(recipe, task, model, Accelerator())
+        fit._Fitter(recipe, tasks, model, Accelerator())
 
 
 def test_weights_that_cannot_be_had_tell_what_to_set(root, monkeypatch):
@@ -910,7 +936,7 @@ def test_weights_that_cannot_be_had_tell_what_to_set(root, monkeypatch):
     monkeypatch.setattr(fit, "create_model", fail)
     recipe = recipe_of(root, model_pretrained=True)
     with pytest.raises(ConnectionError, match=r"no network\. .*--set model\.pretrained=false"):
-        fit.build_model(recipe, make_task(recipe))
+        fit.build_model(recipe, make_tasks(recipe))
 
 
 def test_the_other_heads_of_a_saved_model_stay(masked, tmp_path):
@@ -957,3 +983,159 @@ def test_a_missing_package_is_named(module, extra, boxed, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match=match):
         fit.fit(recipe, tmp_path / "out", device="cpu")
     assert not (tmp_path / "out.part").exists()
+
+
+def several(root, *, names=("mask", "things", "kinds"), weights=(1.0, 2.0, 0.5), **train):
+    """Masks, boxes and labels of images in one folder, one head for each."""
+    tasks = {
+        "mask": {"head": {"kind": "dense", "output_stride": 8},
+                 "data": {"form": "masks", "classes": ["dark", "light"]},
+                 "augment": {"rotate": True}},
+        "things": {"head": {"kind": "fcos"}, "data": {"form": "coco"}},
+        "kinds": {"data": {"form": "folder", "train": "kinds", "val": "kinds"},
+                  "augment": {"label_smoothing": 0.1}},
+    }  # fmt: skip
+    tasks = {name: tasks[name] | {"weight": w} for name, w in zip(names, weights, strict=True)}
+    return config.from_dict({
+        "model": SMALL, "data": {"root": str(root), "size": 64}, "tasks": tasks,
+        "train": {"epochs": 1, "batch_size": 2, "lr": 3e-3, "workers": 0, "accumulate": 2} | train,
+    })  # fmt: skip
+
+
+@pytest.fixture
+def annotated(boxed, masked):
+    """Images with boxes, others with masks, others with labels."""
+    assert boxed == masked
+    rng = np.random.default_rng(0)
+    for value, name in ((60, "dim"), (190, "lit")):
+        for i in range(3):
+            picture(boxed / "kinds" / name / f"{i}.png", value, (70, 70), rng)
+    return boxed
+
+
+def test_several_heads_learn_at_once_on_one_trunk(annotated, tmp_path):
+    recipe = several(annotated, epochs=2)
+    last = fit.fit(recipe, tmp_path / "out", device="cpu")
+    rows = list(csv.DictReader((tmp_path / "out" / "log.csv").open()))
+    names = ("mask", "things", "kinds")
+    lengths = [task.length("train") for task in make_tasks(recipe).values()]
+    assert len(rows) == last["step"] == 2 * max(lengths) / 2  # passes over the longest
+    for row in rows:
+        parts = [float(row[f"{name}/loss"]) for name in names]
+        assert float(row["loss"]) == pytest.approx(np.dot(parts, (1.0, 2.0, 0.5)))
+    for name in names:
+        curve = [float(row[f"{name}/loss"]) for row in rows]
+        assert np.mean(curve[-3:]) < np.mean(curve[:3]), name
+    metrics = {"mask/miou", "mask/accuracy", "things/mAP", "things/mAP50", "kinds/top1"}
+    assert metrics | {"loss", "mask/loss", "things/loss", "kinds/loss"} < set(last)
+    parts = [last[f"{name}/loss"] for name in names]
+    assert last["loss"] == pytest.approx(np.dot(parts, (1.0, 2.0, 0.5)))
+    model = xm.XT.from_pretrained(tmp_path / "out" / "model").eval()
+    assert model.head is None and set(model.heads) == set(names)
+    assert model.class_names == {"mask": ("dark", "light"), "things": ("x",),
+                                 "kinds": ("dim", "lit")}  # fmt: skip
+    again = config.from_dict(several_tables(recipe))
+    assert again == recipe  # the record's recipe is one that can be read
+    image = next((annotated / "val").glob("*.png"))
+    words = ["predict", image, "--model", tmp_path / "out" / "model", "--device", "cpu", "-o",
+             tmp_path / "said"]  # fmt: skip
+    result = CliRunner().invoke(main, list(map(str, words)))
+    assert result.exit_code == 0, result.output
+    assert {"mask.tif", "things.json"} <= {path.name for path in (tmp_path / "said").iterdir()}
+
+
+def test_the_recipes_of_the_page_are_read_and_run(annotated, tmp_path):
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    first, second = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "first.toml").write_text(first)
+    recipe = config.load(tmp_path / "first.toml")
+    assert recipe.model.fields == {"gradient": "truncated", "chunk_regions": 4}
+    path = tmp_path / "second.toml"
+    path.write_text(second)
+    changes = {"model.pretrained": "false", "model.name": "test_convnext", "data.size": 256,
+               "train.epochs": 0.01, "train.workers": 0}  # fmt: skip
+    sets = (word for key, value in changes.items() for word in ("--set", f"{key}={value}"))
+    result = xt(path, "--data", annotated, "-o", tmp_path / "run", "--device", "cpu", *sets)
+    assert result.exit_code == 0, result.output
+    assert "water/miou" in result.output and "ships/mAP" in result.output
+    assert set(xm.XT.from_pretrained(tmp_path / "run" / "model").heads) == {"water", "ships"}
+
+
+def several_tables(recipe):
+    tables = recipe.to_dict()
+    fields = tables["model"].pop("fields")
+    return tables | {"model": {"name": tables["model"]["name"], "context": "xl", **fields}}
+
+
+def test_two_processes_train_the_same_heads(annotated, tmp_path):
+    """Those whose loss is a mean over images: no head is left to one of the processes."""
+    recipe = "several(Path(sys.argv[1]), names=('mask', 'kinds'), weights=(1, 2), batch_size=4)"
+    in_two_processes(recipe, annotated, tmp_path / "two")
+    one = several(annotated, names=("mask", "kinds"), weights=(1, 2), batch_size=4)
+    fit.fit(one, tmp_path / "one", device="cpu")
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors")
+                for name in ("one", "two"))  # fmt: skip
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-4)
+
+
+def test_the_best_model_is_that_of_the_mean_metric(annotated, tmp_path, monkeypatch):
+    scores = {"mask": [0.0, 60.0, 0.0], "kinds": [50.0, 10.0, 60.0]}  # means 25, 35, 30
+    kept, steps = [], iter(range(99))
+    monkeypatch.setattr(
+        fit._Fitter, "_validate",
+        lambda self, objective, name, task: (1.0, {task.best: scores[name][next(steps) // 2]}),
+    )  # fmt: skip
+    monkeypatch.setattr(fit._Fitter, "_keep", lambda self, name: kept.append((name, self.step)))
+    recipe = several(annotated, names=("mask", "kinds"), weights=(1, 1), epochs=3)
+    fit.fit(recipe, tmp_path / "out", device="cpu")
+    assert kept == [("best", 6), ("best", 12), ("model", 18)]
+
+
+def test_one_task_by_name_is_the_recipe_without(masked, tmp_path):
+    """Bit for bit, and so with another task beside it up to its first step."""
+    plain = {"model": SMALL, "head": {"kind": "dense", "output_stride": 8},
+             "data": {"form": "masks", "root": str(masked), "size": 64,
+                      "classes": ["dark", "light"]}, "augment": {"rotate": True},
+             "train": {"epochs": 1, "batch_size": 2, "lr": 3e-3, "workers": 0}}  # fmt: skip
+    fit.fit(config.from_dict(plain), tmp_path / "plain", device="cpu")
+    recipe = several(masked, names=("mask",), weights=(1.0,), accumulate=1)
+    fit.fit(recipe, tmp_path / "named", device="cpu")
+    assert losses(tmp_path / "named") == losses(tmp_path / "plain")
+    saved = [load_file(tmp_path / n / "model" / "model.safetensors") for n in ("plain", "named")]
+    assert saved[0].keys() == saved[1].keys()
+    assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_several_tasks_go_on_after_a_stop(annotated, tmp_path, at):
+    recipe = several(annotated, names=("kinds", "mask"), weights=(1.0, 1.0))
+
+    def stop(step, loss):
+        if step == at:
+            raise KeyboardInterrupt
+
+    fit.fit(recipe, tmp_path / "whole", device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        fit.fit(recipe, tmp_path / "out", device="cpu", on_step=stop)
+    other = several(annotated, names=("kinds", "mask"), weights=(1.0, 3.0))
+    with pytest.raises(ValueError, match=r"recipe tasks mask weight was 1\.0 and is 3\.0"):
+        fit.fit(other, tmp_path / "out", device="cpu")
+    fit.fit(recipe, tmp_path / "out", device="cpu")
+    same(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_task_of_several_is_named_in_its_errors(annotated):
+    tables = several_tables(several(annotated))
+    tables["tasks"]["mask"]["augment"] |= {"mixup": 0.3}
+    with pytest.raises(ValueError, match=r"^tasks\.mask\.augment\.mixup must be left out"):
+        make_tasks(config.from_dict(tables))
+    tables = several_tables(several(annotated))
+    tables["tasks"]["kinds"]["head"] = {"kind": "fcos"}
+    with pytest.raises(ValueError, match=r"^tasks\.kinds\.head must be left out for labels"):
+        make_tasks(config.from_dict(tables))
+    tables = several_tables(several(annotated))
+    tables["tasks"]["mask"]["head"]["loss"] = "bce"
+    with pytest.raises(ValueError, match=r"^tasks\.mask\.head\.loss must be cross_entropy"):
+        make_tasks(config.from_dict(tables))

@@ -6,6 +6,10 @@
     [augment]  `Augment`
     [train]    `Train`
 
+Several tasks on one trunk are tables [tasks.NAME], where NAME is also that of the head, with
+`weight` and tables `head`, `data` and `augment` of their own; [data] and [augment] then hold what
+these have in common.
+
 Paths below [data] are relative to its `root`; `root` and `weights` to the file. `base`, above the
 tables, names another recipe, whose values hold where this one gives none.
 """
@@ -13,6 +17,7 @@ tables, names another recipe, whose values hold where this one gives none.
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -75,7 +80,8 @@ class Augment:
 class Train:
     """The optimisation: AdamW, linear warm-up, cosine.
 
-    epochs: passes over the training images. batch_size: images a step, over all processes.
+    epochs: passes over the training images, of several tasks over those of the one that has most.
+    batch_size: images a step, of each task, over all processes.
     accumulate: parts in which each process computes its share of a batch.
     lr: highest learning rate. min_lr: what the cosine ends at, as a share of lr. warmup_epochs:
         over which the rate grows from 0.
@@ -142,18 +148,34 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A whole training: what to train, on what, how."""
+class Part:
+    """What one task brings: a head, what it is trained on, and the weight of its loss."""
 
-    model: Model
     head: Mapping[str, Any]
     data: Data
     augment: Augment
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole training: what to train, on what, how.
+
+    tasks: by name; a recipe without [tasks] has one, of the name "".
+    """
+
+    model: Model
+    tasks: Mapping[str, Part]
     train: Train
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, JSON-able."""
-        return asdict(self)
+        """Plain values, JSON-able, in the tables of a file."""
+        tables = asdict(self)
+        if list(self.tasks) == [""]:
+            only = tables.pop("tasks")[""]
+            del only["weight"]
+            tables |= only
+        return tables
 
 
 def shipped() -> dict[str, Path]:
@@ -178,12 +200,16 @@ def load(name: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
     path = _find(name)
     tables = _tables(path, [])
     for key, value in (changes or {}).items():
-        table, _, inner = key.partition(".")
-        if not inner:
+        *names, last = key.split(".")
+        if not names or not all((*names, last)):
             raise ValueError(f"{path}: a changed key must be TABLE.KEY, got {key!r}.")
         if key == "model.weights":
-            tables[table], value = {}, str(Path(value).absolute())
-        tables.setdefault(table, {})[inner] = value
+            tables["model"], value = {}, str(Path(value).absolute())
+        table = tables
+        for name in names:
+            table = table.setdefault(name, {})
+            _rule(f"{path}: {name} in {key}", isinstance(table, dict), "a table", table)
+        table[last] = value
     # A shipped recipe has no data beside it: there `root` starts where the user stands.
     return from_dict(tables, path, Path() if path.parent == _FOLDER else path.parent)
 
@@ -215,10 +241,15 @@ def _tables(path: Path, above: list[Path]) -> dict[str, Any]:
         return tables
     _rule(f"{path}: base", isinstance(base, str), "the name of a recipe", base)
     _rule(f"{path}: base", path not in above, "a recipe that is not built on this one", base)
-    out = _tables(_find(base, path.parent), [*above, path])
-    for name, table in tables.items():
-        both = isinstance(table, dict) and isinstance(out.get(name), dict)
-        out[name] = out[name] | table if both else table
+    return _over(_tables(_find(base, path.parent), [*above, path]), tables)
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`below` with the values of `above`, table by table."""
+    out = dict(below)
+    for name, value in above.items():
+        both = isinstance(value, dict) and isinstance(out.get(name), dict)
+        out[name] = _over(out[name], value) if both else value
     return out
 
 
@@ -227,19 +258,50 @@ def from_dict(tables: dict[str, Any], where: str | Path = "recipe", base: Path =
 
     Raises as `load`.
     """
-    _known(tables, ("model", "head", "data", "augment", "train"), f"{where}")
-    for name, table in tables.items():
-        _rule(f"{where}: {name}", isinstance(table, dict), "a table", table)
-    data = dict(tables.get("data", {}))
-    form = data.get("form", "folder")
-    _rule(f"{where}: data.form", form in FORMS, f"one of {', '.join(FORMS)}", form)
-    data["root"] = str((base / data.get("root", ".")).absolute())
+    _known(tables, ("model", "tasks", "head", "data", "augment", "train"), f"{where}")
+    _check_tables(tables, f"{where}: ")
     return Recipe(
         _model(tables.get("model", {}), where, base),
-        tables.get("head", {}),
-        _build(FORMS[form], data, f"{where}: data"),
-        _build(Augment, tables.get("augment", {}), f"{where}: augment"),
+        _parts(tables, where, base),
         _build(Train, tables.get("train", {}), f"{where}: train"),
+    )
+
+
+def _check_tables(tables: Mapping[str, Any], where: str) -> None:
+    for name, table in tables.items():
+        _rule(f"{where}{name}", isinstance(table, dict), "a table", table)
+
+
+def _parts(tables: dict[str, Any], where: str | Path, base: Path) -> dict[str, Part]:
+    """The tasks by name."""
+    if "tasks" not in tables:
+        return {"": _part(tables, f"{where}: ", base)}
+    _rule(f"{where}: tasks", tables["tasks"], "a table for each task", tables["tasks"])
+    _rule(f"{where}: head", "head" not in tables, "left out beside tasks, which have their own",
+          tables.get("head"))  # fmt: skip
+    out = {}
+    for name, own in tables["tasks"].items():
+        inner = f"{where}: tasks.{name}"
+        _rule(inner, isinstance(own, dict), "a table", own)
+        _known(own, ("weight", "head", "data", "augment"), inner)
+        _rule(f"{inner}: its name", name.isidentifier(), "a word, which the head gets", name)
+        weight = _typed(own.get("weight", 1.0), float, f"{inner}.weight")
+        _rule(f"{inner}.weight", 0 < weight < math.inf, "above 0 and finite", weight)
+        _check_tables({k: v for k, v in own.items() if k != "weight"}, f"{inner}.")
+        common = {k: v for k, v in tables.items() if k in ("data", "augment")}
+        out[name] = replace(_part(_over(common, own), f"{inner}.", base), weight=weight)
+    return out
+
+
+def _part(tables: dict[str, Any], where: str, base: Path) -> Part:
+    data = dict(tables.get("data", {}))
+    form = data.get("form", "folder")
+    _rule(f"{where}data.form", form in FORMS, f"one of {', '.join(FORMS)}", form)
+    data["root"] = str((base / data.get("root", ".")).absolute())
+    return Part(
+        tables.get("head", {}),
+        _build(FORMS[form], data, f"{where}data"),
+        _build(Augment, tables.get("augment", {}), f"{where}augment"),
     )
 
 

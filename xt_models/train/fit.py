@@ -18,7 +18,7 @@ import platform
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -38,7 +38,7 @@ from ..journal import RECORD, changes, locked, part_of, read_record, sync_folder
 from ..model import XT
 from ..registry import RandomWeightsWarning, create_model
 from .config import PRECISIONS, Recipe, Train
-from .tasks import Batch, InOrder, Order, Task, collate, make_task, seeded
+from .tasks import Batch, InOrder, Order, Task, collate, make_tasks, seeded
 
 CHECKPOINT = "checkpoint.pt"
 NO_DECAY = ("*token*", "*pos_embed*", "*bias_table*", "*cpb_mlp*", "*logit_scale*", "*.A_log")
@@ -51,15 +51,22 @@ class NotFiniteError(ValueError):
 
 
 class Objective(nn.Module):
-    """Model and loss as one module, the shape in which several processes share gradients."""
+    """Model and losses as one module, the shape in which several processes share gradients."""
 
-    def __init__(self, model: XT, task: Task) -> None:
+    def __init__(self, model: XT, tasks: Mapping[str, Task]) -> None:
         super().__init__()
-        self.model, self.task = model, task
+        self.model, self.tasks = model, tasks
 
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, Any]:
-        """Mean loss over the batch, and the model's output."""
-        return self.task.loss(self.model, batch, training=self.training)
+    def forward(
+        self, batches: Mapping[str, Batch]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """By task: mean loss over its batch, and the output of its head."""
+        losses, outputs = {}, {}
+        for name, batch in batches.items():
+            losses[name], outputs[name] = self.tasks[name].loss(
+                self.model, batch, training=self.training
+            )
+        return losses, outputs
 
 
 def fit(
@@ -90,10 +97,11 @@ def fit(
     from accelerate.state import AcceleratorState
 
     part_of(out)
-    task = make_task(recipe)
-    model = build_model(recipe, task)
-    task.in_chans = model.config.in_chans
-    task.item("train", 0, None)  # the first image is one that the model takes
+    tasks = make_tasks(recipe)
+    model = build_model(recipe, tasks)
+    for task in tasks.values():
+        task.in_chans = model.config.in_chans
+        task.item("train", 0, None)  # the first image is one that the model takes
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision=PRECISIONS[recipe.train.precision],
@@ -101,7 +109,7 @@ def fit(
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     try:
-        fitter = _Fitter(recipe, task, model, accelerator)
+        fitter = _Fitter(recipe, tasks, model, accelerator)
         with fitter.folder(Path(out)):
             last = fitter.run(on_start, on_step, on_validation)
         accelerator.end_training()
@@ -110,22 +118,28 @@ def fit(
         AcceleratorState._reset_state(reset_partial_state=True)  # device and precision were global
 
 
-def build_model(recipe: Recipe, task: Task) -> XT:
-    """The model of a recipe before its first step, with a head for the task."""
+def build_model(recipe: Recipe, tasks: Mapping[str, Task]) -> XT:
+    """The model of a recipe before its first step, with a head for each task."""
     want = recipe.model
+    fields = [task.model_fields() for task in tasks.values()]
+    head_fields = {
+        "num_classes": max(each["num_classes"] for each in fields),
+        "heads": {name: head for each in fields for name, head in each.get("heads", {}).items()},
+    }
     if want.weights:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.train.seed)
-            model = _with_head(XT.from_pretrained(want.weights), task.model_fields())
+            model = _with_heads(XT.from_pretrained(want.weights), head_fields)
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RandomWeightsWarning)  # they are about to be trained
-            model = _new_model(recipe, task)
-    model.class_names[task.head or "head"] = task.classes
+            model = _new_model(recipe, head_fields)
+    for task in tasks.values():
+        model.class_names[task.head or "head"] = task.classes
     return model
 
 
-def _new_model(recipe: Recipe, task: Task) -> XT:
+def _new_model(recipe: Recipe, head_fields: dict[str, Any]) -> XT:
     want = recipe.model
     try:
         return create_model(
@@ -133,7 +147,7 @@ def _new_model(recipe: Recipe, task: Task) -> XT:
             context=None if want.context == "none" else want.context,
             pretrained=want.pretrained,
             seed=recipe.train.seed,
-            **(dict(want.fields or {}) | task.model_fields()),
+            **(dict(want.fields or {}) | head_fields),
         )
     except ConnectionError as error:
         raise ConnectionError(
@@ -141,11 +155,11 @@ def _new_model(recipe: Recipe, task: Task) -> XT:
         ) from error
 
 
-def _with_head(model: XT, fields: dict[str, Any]) -> XT:
-    """The same trunk and heads, with the head of `fields`, whose weights are kept where their
+def _with_heads(model: XT, fields: dict[str, Any]) -> XT:
+    """The same trunk and heads, with the heads of `fields`, whose weights are kept where their
     shapes are."""
     old = model.config
-    heads = old.heads | fields.get("heads", {})
+    heads = old.heads | fields["heads"]
     new = XT(replace(old, num_classes=fields["num_classes"] or old.num_classes, heads=heads))
     new.class_names = dict(model.class_names)
     known = model.state_dict()
@@ -229,18 +243,21 @@ class _Log:
 class _Fitter:
     """One run: what `fit` puts together."""
 
-    def __init__(self, recipe: Recipe, task: Task, model: XT, accelerator: Any) -> None:
-        self.recipe, self.task, self.accelerator = recipe, task, accelerator
+    def __init__(
+        self, recipe: Recipe, tasks: Mapping[str, Task], model: XT, accelerator: Any
+    ) -> None:
+        self.recipe, self.tasks, self.accelerator = recipe, tasks, accelerator
         train, world = recipe.train, accelerator.num_processes
         parts = train.accumulate * world
-        if train.batch_size % (parts * (2 if task.mixes_pairs else 1)):
+        mixes_pairs = any(task.mixes_pairs for task in tasks.values())
+        if train.batch_size % (parts * (2 if mixes_pairs else 1)):
             raise ValueError(
                 f"train.batch_size must be a multiple of train.accumulate x processes = "
-                f"{train.accumulate} x {world}{', twice for mixup and cutmix' * task.mixes_pairs}, "
+                f"{train.accumulate} x {world}{', twice for mixup and cutmix' * mixes_pairs}, "
                 f"got {train.batch_size}."
             )
         model.recompute = train.recompute or None
-        self.per_epoch = task.length("train") / train.batch_size
+        self.per_epoch = max(task.length("train") for task in tasks.values()) / train.batch_size
         self.steps = max(1, math.ceil(train.epochs * self.per_epoch))
         self.validate_every = max(1, math.ceil(train.validate_every * self.per_epoch))
         self.model = model
@@ -250,7 +267,8 @@ class _Fitter:
             betas=train.betas,
             eps=train.eps,
         )
-        self.identity = {"recipe": recipe.to_dict(), "data": task.identity()}
+        data = {name: task.identity() for name, task in tasks.items()}
+        self.identity = {"recipe": recipe.to_dict(), "data": data}
         self.identity["recipe"]["train"].pop("workers")  # changes no result
         self.identity = json.loads(json.dumps(self.identity))
         self.step = 0
@@ -342,12 +360,13 @@ class _Fitter:
             return self.last
         train, began = self.recipe.train, time.perf_counter()
         objective, optimizer = self.accelerator.prepare(
-            Objective(self.model, self.task), self.optimizer
+            Objective(self.model, self.tasks), self.optimizer
         )
-        batches = self._batches(_Positions(
+        positions = _Positions(
             train, self.step, self.steps,
             self.accelerator.process_index, self.accelerator.num_processes,
-        ))  # fmt: skip
+        )  # fmt: skip
+        batches = self._batches(positions, Order(self.tasks, train.seed))
         with ExitStack() as stack:
             logs: list[_Log] = []
             board = _Board(None)
@@ -405,7 +424,7 @@ class _Fitter:
         self,
         objective: nn.Module,
         optimizer: Any,
-        batches: Iterator[Batch],
+        batches: Iterator[dict[str, Batch]],
         logs: list[_Log],
         board: _Board,
     ) -> float:
@@ -417,7 +436,7 @@ class _Fitter:
         # were, and with them a whole state to save.
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         try:
-            loss, norm = self._gradient(objective, batches)
+            losses, norm = self._gradient(objective, batches)
         except BaseException:
             for buffer, before in zip(self.model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
@@ -428,36 +447,47 @@ class _Fitter:
         self.step += 1
         if self.is_main:
             row = {"step": self.step, "epoch": self.step / self.per_epoch, "lr": lr}
-            row |= {"loss": loss, "grad_norm": norm}
+            row |= losses | {"grad_norm": norm}
             logs[0].add(row)
             board.add(row)
         self.is_whole = True
-        return loss
+        return losses["loss"]
 
-    def _gradient(self, objective: nn.Module, batches: Iterator[Batch]) -> tuple[float, float]:
-        """Loss and gradient norm of the next step, the gradient cut; both are finite."""
+    def _gradient(
+        self, objective: nn.Module, batches: Iterator[dict[str, Batch]]
+    ) -> tuple[dict[str, float], float]:
+        """Losses and gradient norm of the next step, the gradient cut; all are finite."""
         train, accelerator = self.recipe.train, self.accelerator
         objective.train()
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros(len(self.tasks), dtype=torch.float64)
         for micro in range(train.accumulate):
             batch = next(batches)
             is_last = micro + 1 == train.accumulate
             place = train.seed, self.step, micro, accelerator.process_index
             with seeded(*place), nullcontext() if is_last else accelerator.no_sync(objective):
-                batch = self.task.mix(self.model, batch)
-                loss, _ = objective(batch)
+                batch = {name: task.mix(self.model, batch[name])
+                         for name, task in self.tasks.items()}  # fmt: skip
+                losses, _ = objective(batch)
+                loss = sum(self.recipe.tasks[name].weight * losses[name] for name in self.tasks)
                 accelerator.backward(loss / train.accumulate)
-            total += loss.detach().double().cpu() / train.accumulate
-        mean = float(accelerator.reduce(total.to(accelerator.device), "mean"))
+            total += torch.stack([x.detach().double().cpu() for x in losses.values()])
+        total = accelerator.reduce((total / train.accumulate).to(accelerator.device), "mean")
+        means = self._with_sum(dict(zip(self.tasks, total.tolist(), strict=True)))
         norm = float(accelerator.clip_grad_norm_(self.model.parameters(), train.clip or math.inf))
-        for name, value in (("loss", mean), ("gradient", norm)):
+        for name, value in (means | {"gradient": norm}).items():
             if not math.isfinite(value):
                 kept = f"{self.part / CHECKPOINT} is that of step {self._saved}"
                 where = kept if self.step else "no step was done before it"
                 raise NotFiniteError(
                     f"Step {self.step + 1}: the {name} must be finite, got {value}; {where}."
                 )
-        return mean, norm
+        return means, norm
+
+    def _with_sum(self, losses: Mapping[str, float]) -> dict[str, float]:
+        """ "loss", and of several tasks that of each, "TASK/loss", as they are weighted in it."""
+        weights = {name: self.recipe.tasks[name].weight for name in losses}
+        out = {"loss": sum(weights[name] * loss for name, loss in losses.items())}
+        return out | {f"{name}/loss": loss for name, loss in losses.items() if name}
 
     def _validate_if_due(
         self,
@@ -469,53 +499,62 @@ class _Fitter:
         """Validates the model of this step where that is due and not done; whether it was."""
         is_due = self.step == self.steps or self.step % self.validate_every == 0
         is_done = not self.step or self.last.get("step") == self.step
-        if is_done or not is_due or not self.task.length("val"):
+        tasks = {name: task for name, task in self.tasks.items() if task.length("val")}
+        if is_done or not is_due or not tasks:
             return False
         found = {"step": self.step, "epoch": self.step / self.per_epoch}
-        found |= self._validate(objective)
-        is_best = self.best is None or found[self.task.best] > self.best
+        losses, metrics = {}, {}
+        for name, task in tasks.items():
+            losses[name], metrics[name] = self._validate(objective, name, task)
+        found |= self._with_sum(losses)
+        for name, values in metrics.items():
+            found |= {f"{name}/{key}" if name else key: value for key, value in values.items()}
+        score = sum(metrics[name][task.best] for name, task in tasks.items()) / len(tasks)
+        is_best = self.best is None or score > self.best
         if self.is_main:
             if is_best:
                 self._keep("best")
             logs[1].add(found)
             board.add(found, "validation/")
         self.last = found
-        self.best = found[self.task.best] if is_best else self.best
+        self.best = score if is_best else self.best
         if self.is_main:
             on_validation(found)
         return True
 
     @torch.no_grad()
-    def _validate(self, objective: nn.Module) -> dict[str, float]:
-        """Loss and metrics over all validation images, which the processes share."""
+    def _validate(
+        self, objective: nn.Module, name: str, task: Task
+    ) -> tuple[float, dict[str, float]]:
+        """Loss and metrics over all validation images of a task, which the processes share."""
         from accelerate.utils import gather_object
 
         accelerator, train = self.accelerator, self.recipe.train
         rank, world = accelerator.process_index, accelerator.num_processes
-        mine = list(range(rank, self.task.length("val"), world))
-        size = 1 if self.task.whole_images else train.batch_size // train.accumulate // world
+        mine = list(range(rank, task.length("val"), world))
+        size = 1 if task.whole_images else train.batch_size // train.accumulate // world
         batches = [mine[i : i + size] for i in range(0, len(mine), size)]
         objective.eval()
         records: list[Any] = []
         losses: list[tuple[float, int]] = []
-        for batch in self._batches(batches, training=False):
+        for batch in self._batches(batches, InOrder(name, task)):
             loss, output = self.accelerator.unwrap_model(objective, keep_fp32_wrapper=True)(batch)
-            records += self.task.record(self.model, output, batch)
-            losses.append((float(loss), len(batch.images)))
+            records += task.record(self.model, output[name], batch[name])
+            losses.append((float(loss[name]), len(batch[name].images)))
         records, losses = gather_object(records), gather_object(losses)
         count = sum(n for _, n in losses)
-        return {"loss": sum(x * n for x, n in losses) / count} | self.task.metrics(records)
+        return sum(x * n for x, n in losses) / count, task.metrics(records)
 
-    def _batches(self, indices: Any, *, training: bool = True) -> Iterator[Batch]:
-        """The batches of these lists of items, on the device."""
+    def _batches(self, indices: Any, items: Order | InOrder) -> Iterator[dict[str, Batch]]:
+        """The batches of these lists of items by task, on the device."""
         from accelerate.utils import send_to_device
 
         device, workers = self.accelerator.device, self.recipe.train.workers
         for batch in DataLoader(
-            Order(self.task, self.recipe.train.seed) if training else InOrder(self.task),
+            items,
             batch_sampler=indices,
             num_workers=workers,
-            collate_fn=partial(collate, self.task),
+            collate_fn=partial(collate, self.tasks),
             pin_memory=device.type == "cuda",
         ):
             if isinstance(batch, Exception):

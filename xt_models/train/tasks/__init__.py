@@ -7,7 +7,7 @@ from .detection import Detection
 from .segmentation import Segmentation
 from .vessels import Vessels
 
-__all__ = ["Batch", "InOrder", "Order", "Task", "collate", "make_task", "seeded"]
+__all__ = ["Batch", "InOrder", "Order", "Task", "collate", "make_tasks", "seeded"]
 
 TASKS: dict[str, type[Task]] = {
     "classification": Classification,
@@ -18,6 +18,6 @@ TASKS: dict[str, type[Task]] = {
 """`Data.task` -> what trains it."""
 
 
-def make_task(recipe: Recipe) -> Task:
-    """The task of a recipe, its data read and checked."""
-    return TASKS[recipe.data.task](recipe)
+def make_tasks(recipe: Recipe) -> dict[str, Task]:
+    """The tasks of a recipe by name, their data read and checked."""
+    return {name: TASKS[part.data.task](part, name) for name, part in recipe.tasks.items()}

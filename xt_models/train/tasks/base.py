@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import lru_cache, wraps
@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ...model import XT
-from ..config import Augment, Recipe
+from ..config import Augment, Part
 
 
 class Batch(NamedTuple):
@@ -32,8 +32,10 @@ class Batch(NamedTuple):
 class Task:
     """Data, loss and metrics of one head.
 
-    Attributes: classes, their names; best, the metric that tells which model is best, higher is
-    better; head, the name of the head in `XTOutput.heads`, None for `XTOutput.logits`; in_chans,
+    name: of several tasks on one trunk, and then of the head too; "" for the only one.
+
+    Attributes: classes, their names; best, the metric that tells which model is best, in percent;
+    head, the name of the head in `XTOutput.heads`, None for `XTOutput.logits`; in_chans,
     bands that the model takes, set once it is built; whole_images, whether validation takes images
     as they are, one at a time; mixes_pairs, whether `mix` needs an even number of images; augments,
     the fields of `Augment` that count here.
@@ -46,25 +48,28 @@ class Task:
     mixes_pairs = False
     augments: tuple[str, ...] = ("flip", "flip_vertical", "rotate")
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, part: Part, name: str = "") -> None:
+        self.where = f"tasks.{name}." if name else ""  # before a key in a message
         for option in fields(Augment):
-            value = getattr(recipe.augment, option.name)
+            value = getattr(part.augment, option.name)
             if option.name not in self.augments and value != option.default:
                 raise ValueError(
-                    f"augment.{option.name} must be left out for {recipe.data.task}, which takes "
-                    f"{', '.join(self.augments)}, got {value!r}."
+                    f"{self.where}augment.{option.name} must be left out for {part.data.task}, "
+                    f"which takes {', '.join(self.augments)}, got {value!r}."
                 )
-        self.recipe = recipe
+        if name:
+            self.head = name
+        self.part = part
         self.in_chans = 3
-        self.data: dict[str, Any] = {"train": recipe.data.read("train")}
+        self.data: dict[str, Any] = {"train": part.data.read("train")}
         self.classes = self.data["train"].classes
-        if getattr(recipe.data, "val", ""):
-            self.data["val"] = recipe.data.read("val", self.classes)
+        if getattr(part.data, "val", ""):
+            self.data["val"] = part.data.read("val", self.classes)
 
     def model_fields(self) -> dict[str, Any]:
         """Fields of `XTConfig` that follow from the data: the head, for its classes."""
         assert self.head is not None
-        options = {"classes": len(self.classes)} | dict(self.recipe.head)
+        options = {"classes": len(self.classes)} | dict(self.part.head)
         return {"num_classes": 0, "heads": {self.head: options}}
 
     def length(self, split: str) -> int:
@@ -121,45 +126,52 @@ def _as_value(get: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]:
     return item
 
 
-def collate(task: Task, items: list[Any]) -> Batch | Exception:
-    """A batch of the items of `Order` or `InOrder`, or the first error among them."""
+def collate(tasks: Mapping[str, Task], items: list[Any]) -> dict[str, Batch] | Exception:
+    """The batch of each task from the items of `Order` or `InOrder`, or the first error in them."""
     errors = [item for item in items if isinstance(item, Exception)]
-    return errors[0] if errors else task.collate(items)
+    if errors:
+        return errors[0]
+    return {name: tasks[name].collate([item[name] for item in items]) for name in items[0]}
 
 
 class Order(Dataset[Any]):
-    """The endless training order: position p is item `p mod length` of pass `p // length`, and each
-    pass has an order of its own."""
+    """The endless training order, an item of each task: position p is item `p mod length` of pass
+    `p // length`, and each pass of each task has an order of its own."""
 
-    def __init__(self, task: Task, seed: int) -> None:
-        self.task, self.seed = task, seed
+    def __init__(self, tasks: Mapping[str, Task], seed: int) -> None:
+        self.tasks, self.seed = tasks, seed
 
     @_as_value
     def __getitem__(self, position: int) -> Any:
-        length = self.task.length("train")
-        index = _shuffled(length, self.seed, position // length)[position % length]
-        with seeded(self.seed, position, 1):
-            return self.task.item("train", index, np.random.default_rng((self.seed, position)))
+        out = {}
+        for number, (name, task) in enumerate(self.tasks.items()):
+            length = task.length("train")
+            index = _shuffled(length, self.seed, position // length, number)[position % length]
+            rng = np.random.default_rng((self.seed, position, 0, number))
+            with seeded(self.seed, position, 1, number):
+                out[name] = task.item("train", index, rng)
+        return out
 
 
-@lru_cache(maxsize=2)
-def _shuffled(length: int, seed: int, epoch: int) -> list[int]:
-    order: list[int] = np.random.default_rng((seed, epoch, 2)).permutation(length).tolist()
+@lru_cache(maxsize=16)
+def _shuffled(length: int, seed: int, epoch: int, task: int) -> list[int]:
+    rng = np.random.default_rng((seed, epoch, 2, task))
+    order: list[int] = rng.permutation(length).tolist()
     return order
 
 
 class InOrder(Dataset[Any]):
-    """The validation items one after the other."""
+    """The validation items of a task one after the other."""
 
-    def __init__(self, task: Task) -> None:
-        self.task = task
+    def __init__(self, name: str, task: Task) -> None:
+        self.name, self.task = name, task
 
     def __len__(self) -> int:
         return self.task.length("val")
 
     @_as_value
     def __getitem__(self, index: int) -> Any:
-        return self.task.item("val", index, None)
+        return {self.name: self.task.item("val", index, None)}
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 
 from ...model import XT
 from ...source import open_image
-from ..config import Augment, Recipe
+from ..config import Augment, Part
 from ..data import Labels, Window, middle_window, random_window, read_crop
 from .base import Batch, Task, Turn
 
@@ -24,56 +24,51 @@ class Classification(Task):
 
     augments = tuple(option.name for option in fields(Augment))
 
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__(recipe)
-        assert isinstance(recipe.data, Labels)
-        self.fit = recipe.data.fit
+    def __init__(self, part: Part, name: str = "") -> None:
+        super().__init__(part, name)
+        assert isinstance(part.data, Labels)
+        self.fit = part.data.fit
         self.multi_label = isinstance(self.data["train"].labels[0], tuple)
-        self.best, self.head = ("f1", "labels") if self.multi_label else ("top1", None)
-        augment = recipe.augment
+        self.best = "f1" if self.multi_label else "top1"
+        self.head = name or ("labels" if self.multi_label else None)
+        augment = part.augment
         self.mixes_pairs = bool(augment.mixup or augment.cutmix)
-        if recipe.head:
+        if part.head:
             raise ValueError(
-                f"head must be left out for labels, whose head follows from the data, got "
-                f"{dict(recipe.head)}."
+                f"{self.where}head must be left out for labels, whose head follows from the "
+                f"data, got {dict(part.head)}."
             )
         if self.multi_label and augment.label_smoothing and not self.mixes_pairs:
             raise ValueError(
-                f"augment.label_smoothing must be 0 for several labels an image without mixup or "
-                f"cutmix, got {augment.label_smoothing}."
+                f"{self.where}augment.label_smoothing must be 0 for several labels an image "
+                f"without mixup or cutmix, got {augment.label_smoothing}."
             )
-        self._augment: Any = _rand_augment(recipe.augment.randaugment)
+        self._augment: Any = _rand_augment(part.augment.randaugment, self.where)
         self._mixup = self._make_mixup()
 
     def model_fields(self) -> dict[str, Any]:
-        if self.multi_label:
-            labels = {
-                "kind": "classification",
-                "classes": len(self.classes),
-                "multi_label": True,
-            }
-            return {"num_classes": 0, "heads": {"labels": labels}}
-        return {"num_classes": len(self.classes)}
+        if self.head is None:
+            return {"num_classes": len(self.classes)}
+        head = {"kind": "classification", "classes": len(self.classes)}
+        return {"num_classes": 0, "heads": {self.head: head | {"multi_label": self.multi_label}}}
 
     def item(
         self, split: str, index: int, rng: np.random.Generator | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Image `[C, H, W]` and target: a class, or ones and zeros `[classes]`."""
-        data, recipe = self.data[split], self.recipe
-        shape, path = recipe.data.shape, data.paths[index]
+        data, part = self.data[split], self.part
+        shape, path = part.data.shape, data.paths[index]
         with open_image(path) as source:
             size = source.height, source.width
             if rng is not None:
-                window = random_window(size, recipe.augment.scale, recipe.augment.ratio, rng)
+                window = random_window(size, part.augment.scale, part.augment.ratio, rng)
             elif self.fit == "crop":
                 window = middle_window(size, shape[1] / shape[0])
             else:
                 window = Window(0, 0, *size)
-            image = read_crop(
-                source, window, shape, bands=recipe.data.bands, in_chans=self.in_chans
-            )
+            image = read_crop(source, window, shape, bands=part.data.bands, in_chans=self.in_chans)
         if rng is not None:
-            image = Turn.draw(recipe.augment, shape, rng).image(image)
+            image = Turn.draw(part.augment, shape, rng).image(image)
             if self._augment is not None:
                 image = self._augmented(image, path)
         label = data.labels[index]
@@ -90,11 +85,10 @@ class Classification(Task):
         return Batch(images, targets)
 
     def loss(self, model: XT, batch: Batch, *, training: bool) -> tuple[torch.Tensor, Any]:
-        if self.multi_label:
-            return super().loss(model, batch, training=training)
-        logits = model(batch.images).logits
-        head: Any = model.head
-        smoothing = self.recipe.augment.label_smoothing
+        out = model(batch.images)
+        head: Any = model.head if self.head is None else model.heads[self.head]
+        logits = out.logits if self.head is None else out.heads[self.head]
+        smoothing = self.part.augment.label_smoothing
         if self._mixup is not None or not training:  # mixup smooths what it mixes
             smoothing = 0.0
         return head.loss(logits, batch.targets, label_smoothing=smoothing), logits
@@ -114,7 +108,7 @@ class Classification(Task):
         return {"top1": 100 * first / second}
 
     def _make_mixup(self) -> Any:
-        augment = self.recipe.augment
+        augment = self.part.augment
         if not self.mixes_pairs:
             return None
         from timm.data.mixup import Mixup
@@ -140,7 +134,7 @@ class Classification(Task):
         return torch.from_numpy(np.array(self._augment(picture))).permute(2, 0, 1).contiguous()
 
 
-def _rand_augment(words: str) -> Any:
+def _rand_augment(words: str, where: str) -> Any:
     if not words:
         return None
     from timm.data.auto_augment import rand_augment_transform
@@ -149,7 +143,7 @@ def _rand_augment(words: str) -> Any:
         return rand_augment_transform(words, {})
     except (AssertionError, ValueError, KeyError) as error:
         raise ValueError(
-            f'augment.randaugment must be as "rand-m9-mstd0.5-inc1" in timm, got {words!r}.'
+            f'{where}augment.randaugment must be as "rand-m9-mstd0.5-inc1" in timm, got {words!r}.'
         ) from error
 
 

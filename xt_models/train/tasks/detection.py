@@ -11,7 +11,7 @@ import torch
 from ...host import need
 from ...metrics import coco_map
 from ...model import XT
-from ..config import Recipe
+from ..config import Part
 from ..data import Boxed, Coco, Tiles, Window, read_crop
 from .base import Batch, Task, Turn, stack
 
@@ -24,10 +24,10 @@ class Detection(Task):
 
     best, head, whole_images = "mAP", "boxes", True
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, part: Part, name: str = "") -> None:
         need("xt train", "pycocotools", "pycocotools", "det")
-        super().__init__(recipe)
-        data = recipe.data
+        super().__init__(part, name)
+        data = part.data
         assert isinstance(data, Coco)
         for split, found in self.data.items():
             if not any((~crowd).any() for crowd in found.crowd):
@@ -45,19 +45,17 @@ class Detection(Task):
         self, split: str, index: int, rng: np.random.Generator | None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Image `[C, H, W]`; boxes `[N, 4]` (left, top, right, bottom) in its pixels, labels."""
-        data, recipe = self.data[split], self.recipe
-        shape = recipe.data.shape
+        data, part = self.data[split], self.part
+        shape = part.data.shape
         assert isinstance(data, Boxed)
         if split == "train":
             number, window = self.tiles[index] if rng is None else self.tiles.random(index, rng)
         else:
             number, window = index, Window(0, 0, *data.sizes[index])
-        image = read_crop(
-            data.paths[number], window, bands=recipe.data.bands, in_chans=self.in_chans
-        )
+        image = read_crop(data.paths[number], window, bands=part.data.bands, in_chans=self.in_chans)
         target = data.target(number, window, self.visible)
         if rng is not None:
-            turn = Turn.draw(recipe.augment, shape, rng)
+            turn = Turn.draw(part.augment, shape, rng)
             boxes = turn.boxes(target["boxes"], shape)
             return turn.image(image), target | {"boxes": boxes}
         return image, target | {"image": torch.tensor(number)}

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ...model import XT
-from ..config import Recipe
+from ..config import Part
 from ..data import Tiles, read_crop
 from ..data.masks import IGNORED, Masked, reduce_mask
 from .base import Batch, Task, Turn
@@ -23,18 +23,18 @@ class Segmentation(Task):
 
     best, head = "miou", "mask"
 
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__(recipe)
-        options = dict(recipe.head) or {"kind": "segmentation"}
+    def __init__(self, part: Part, name: str = "") -> None:
+        super().__init__(part, name)
+        options = dict(part.head) or {"kind": "segmentation"}
         self.options = options | {"classes": len(self.classes)}
         self.stride = int(options.get("output_stride", 1))
         if options.get("loss", "cross_entropy") != "cross_entropy":
             raise ValueError(
-                f"head.loss must be cross_entropy for masks, whose classes exclude one another, "
-                f"got {options['loss']!r}."
+                f"{self.where}head.loss must be cross_entropy for masks, whose classes exclude "
+                f"one another, got {options['loss']!r}."
             )
         self.tiles = {
-            split: Tiles(data.sizes, recipe.data.shape) for split, data in self.data.items()
+            split: Tiles(data.sizes, part.data.shape) for split, data in self.data.items()
         }
 
     def model_fields(self) -> dict[str, Any]:
@@ -51,11 +51,11 @@ class Segmentation(Task):
         assert isinstance(data, Masked)
         number, window = tiles[index] if rng is None else tiles.random(index, rng)
         image = read_crop(
-            data.images[number], window, bands=self.recipe.data.bands, in_chans=self.in_chans
+            data.images[number], window, bands=self.part.data.bands, in_chans=self.in_chans
         )
         mask = data.mask(number, window)
         if rng is not None:
-            turn = Turn.draw(self.recipe.augment, self.recipe.data.shape, rng)
+            turn = Turn.draw(self.part.augment, self.part.data.shape, rng)
             image, mask = turn.image(image), turn.image(mask)
         return image, reduce_mask(mask, self.stride)
 

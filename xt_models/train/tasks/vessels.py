@@ -10,7 +10,7 @@ import torch
 from ...host import need
 from ...metrics import xview3_scores
 from ...model import XT
-from ..config import Recipe
+from ..config import Part
 from ..data import Scenes, Tiles, XView3
 from .base import Batch, Task, Turn, stack
 
@@ -27,17 +27,17 @@ class Vessels(Task):
 
     best, head = "aggregate", "vessels"
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, part: Part, name: str = "") -> None:
         need("xt train", "scipy", "scipy", "det")
-        super().__init__(recipe)
-        assert isinstance(recipe.data, XView3)
-        self.near = recipe.data.near
+        super().__init__(part, name)
+        assert isinstance(part.data, XView3)
+        self.near = part.data.near
         self.tiles = {
-            split: Tiles(data.sizes, recipe.data.shape) for split, data in self.data.items()
+            split: Tiles(data.sizes, part.data.shape) for split, data in self.data.items()
         }
 
     def model_fields(self) -> dict[str, Any]:
-        options = dict(self.recipe.head) or {"kind": "xview3"}
+        options = dict(self.part.head) or {"kind": "xview3"}
         return {"num_classes": 0, "heads": {self.head: options}}
 
     def length(self, split: str) -> int:
@@ -57,9 +57,9 @@ class Vessels(Task):
                 number, window = tiles.around(number, (row, col), rng)
         image, points = data.crop(number, window), data.inside(number, window)
         if rng is not None:
-            turn = Turn.draw(self.recipe.augment, self.recipe.data.shape, rng)
+            turn = Turn.draw(self.part.augment, self.part.data.shape, rng)
             image = turn.image(image)
-            places = turn.points(points[:, :2].floor(), self.recipe.data.shape)
+            places = turn.points(points[:, :2].floor(), self.part.data.shape)
             points = torch.cat([places, points[:, 2:]], 1)
         target = objects(points[~data.is_low(points)])
         return image, target | {"tile": torch.tensor(index)}
