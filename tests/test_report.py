@@ -543,6 +543,19 @@ def script():
     return {"schema": 1, "work": "speed", "title": "Long", "machine": machine, "rows": rows}
 
 
+@pytest.mark.parametrize(
+    "name, told",
+    [("ablate", "ablate depth"), ("ablate-shoreline", "ablate depth on shoreline")],
+)
+def test_an_ablation_is_told_from_another_of_the_same_rows(name, told, tmp_path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    record = task() | {"task": name, "command": "xt train ablate depth -o depth --steps 2000"}
+    (folder / "depth.json").write_text(json.dumps(record))
+    make_report(folder, tmp_path / "out")
+    assert f"| {told}, no context | F1 |" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_records_of_scripts(tmp_path):
     """Scores of a small task, errors at equal keys, a training step with one form left out, and
     what a script measured.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -274,6 +275,10 @@ def _from_errors(record: Record, data: Field) -> None:
 
 
 def _from_task(record: Record, data: Field) -> None:
+    task = data["task"].text()
+    # Ablations share their rows: the command tells which one this is.
+    if which := re.search(r"\btrain ablate (\w+)", data["command"].text("")):
+        task = " on ".join([f"ablate {which[1]}", *task.split("-")[1:]])
     for name, item in data["rows"].items():
         more = item["more"].items() if item["more"].value else ()
         for at, result in (("", item), *more):
@@ -281,7 +286,7 @@ def _from_task(record: Record, data: Field) -> None:
             if key is None:
                 raise result.broken(f"an object with {' or '.join(_METRICS)}")
             shown = Score(
-                data["task"].text(), item["title"].text(), at, _METRICS[key],
+                task, item["title"].text(), at, _METRICS[key],
                 result[key].numbers(), result["mean"].number(), result["half_width_95"].number(0),
                 item["ceiling"].number() if "ceiling" in item else None,
                 ", ".join(part for part in (record.path.name, name, at) if part),
