@@ -1,7 +1,7 @@
 """xT against the same Swin on the whole image: regions a second and memory, by size of the image.
 
     pytest bench/bench_images.py --benchmark-only          # sizes, and encoders by contexts
-    pytest bench/bench_images.py --benchmark-only --full   # all of both, and 4,096 px
+    pytest bench/bench_images.py --benchmark-only --full   # all of both, 4,096 px, wider Swin
 
 Each case is a process of its own (`whole_image.py`) that may take 20 GiB of memory on a CPU. Out of
 memory is a result. The time that pytest-benchmark prints is that of the process; what was measured
@@ -27,8 +27,9 @@ Cases = dict[tuple[str, str, str], tuple[tuple[int, ...], tuple[int, ...]]]
 SIZES: Cases = {
     ("inference", "swinv2_tiny", "xt xl"): (SIDES, (4096,)),
     ("inference", "swinv2_tiny", "regions"): (SIDES, (4096,)),
-    ("inference", "swinv2_tiny", "naive"): (SIDES, (4096,)),
+    ("inference", "swinv2_tiny", "naive"): (SIDES, (256, 4096)),
     ("inference", "swinv2_tiny", "naive, window grown"): (SIDES, ()),
+    ("inference", "swinv2_tiny", "xt hyper"): ((), (256, *SIDES)),
     ("training", "swinv2_tiny", "xt xl"): ((512,), (1024, 2048)),
     ("training", "swinv2_tiny", "naive"): ((512,), (1024, 2048)),
     ("training", "swinv2_tiny", "regions"): ((), SIDES),
@@ -48,9 +49,17 @@ MATRIX: Cases = {
     ("training", "convnext_atto", "xt xl"): ((), (512,)),
     ("training", "hiera_tiny", "xt xl"): ((), (512,)),
 }
+# Where the paper and its released code have numbers: wider encoders.
+PAPER: Cases = {
+    ("inference", f"swinv2_{width}", form): ((), sides)
+    for width in ("small", "base", "large")
+    for form, sides in {
+        "naive": (256,), "xt hyper": (256, 512), "xt xl": (512,), "xt mamba": (512,),
+    }.items()
+} | {("inference", "swinv2_base", "xt vit"): ((), (512,))}  # fmt: skip
 PARAMETERS = [
     pytest.param(*case, side, marks=marks)
-    for case, (short, long) in (MATRIX | SIZES).items()
+    for case, (short, long) in (MATRIX | SIZES | PAPER).items()
     for sides, marks in ((short, []), (long, [pytest.mark.full]))
     for side in sides
 ]
