@@ -200,11 +200,14 @@ def test_the_command_trains_as_long_as_the_function():
     assert defaults["steps"] == cue.STEPS
 
 
-def test_the_command_leaves_a_table_curves_and_a_picture(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("program", "told"), [("/bin/xt", "xt"), ("/lib/xt_models/cli.py", "python -m xt_models.cli")]
+)
+def test_the_command_leaves_a_table_curves_and_a_picture(tmp_path, monkeypatch, program, told):
     from PIL import Image
 
     out = tmp_path / "out"
-    monkeypatch.setattr(sys, "argv", ["/bin/xt", "train", "cue-digits", "-o", "the table"])
+    monkeypatch.setattr(sys, "argv", [program, "train", "cue-digits", "-o", "the table"])
     result = xt("-o", out, "--steps", 2, "--seeds", 1, "--jobs", 2, "--rows", "64/32,downsampled")
     assert result.exit_code == 0, result.output
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
@@ -218,7 +221,7 @@ def test_the_command_leaves_a_table_curves_and_a_picture(tmp_path, monkeypatch):
         ("downsampled", "0", "2"),
     ]
     record = json.loads((out / "table.json").read_text())
-    assert record["command"] == "xt train cue-digits -o 'the table'"
+    assert record["command"] == f"{told} train cue-digits -o 'the table'"
     assert record["rows"]["64/32"]["accuracies"] == [float(rows[0]["accuracy"])]
     assert record["rows"]["downsampled"]["mean"] == 10
     assert record["machine"]["threads_a_run"] == 1 and record["versions"]["torch"]

@@ -852,7 +852,10 @@ def _train_table(
             line = f"{run.row}, seed {run.seed}: {score} in {_seconds(run.seconds)}"
             bar.write(line, file=sys.stderr)
 
-        typed = shlex.join(["xt", *sys.argv[1:]]) if Path(sys.argv[0]).name == "xt" else ""
+        # "" where it was called from Python.
+        programs = {"xt": ["xt"], "cli.py": ["python", "-m", "xt_models.cli"]}
+        program = programs.get(Path(sys.argv[0]).name)
+        typed = shlex.join([*program, *sys.argv[1:]]) if program else ""
         table = write_table(
             out, name, names, seeds=seeds, steps=steps, jobs=jobs, save=save,
             options=options or {}, command=typed, on_steps=bar.update, on_run=tell,
