@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from measure import DEVICE, DTYPE, HAS_GPU, LIMIT, SCHEMA, run_child
+from measure import DEVICE, DTYPE, HAS_GPU, LIMIT, RECOMPUTED, SCHEMA, context_of, run_child
 
 SCRIPT = Path(__file__).parent / "whole_image.py"
 SIDES = (512, 1024, 2048)
@@ -31,6 +31,7 @@ SIZES: Cases = {
     ("inference", "swinv2_tiny", "naive, window grown"): (SIDES, ()),
     ("inference", "swinv2_tiny", "xt hyper"): ((), (256, *SIDES)),
     ("training", "swinv2_tiny", "xt xl"): ((512,), (1024, 2048)),
+    ("training", "swinv2_tiny", "xt xl" + RECOMPUTED): ((), SIDES),
     ("training", "swinv2_tiny", "naive"): ((512,), (1024, 2048)),
     ("training", "swinv2_tiny", "regions"): ((), SIDES),
     ("training", "swinv2_tiny", "naive, window grown"): ((), (512, 1024)),
@@ -38,7 +39,7 @@ SIZES: Cases = {
 # What region encoder and context encoder cost together, every context with the fastest encoder.
 MATRIX: Cases = {
     ("inference", encoder, f"xt {context}"): ((1024,), (512, 2048))
-    if encoder == "convnext_atto" or context in ("xl", "mamba", "none")
+    if encoder == "convnext_atto" or context in ("xl", "none")
     else ((), SIDES)
     for encoder in ("swinv2_tiny", "hiera_tiny", "convnext_atto")
     for context in CONTEXTS
@@ -73,7 +74,7 @@ def test_image(benchmark, request, mode, encoder, form, side):
         if (mode, encoder, form) != ("inference", "convnext_atto", "xt none"):
             pytest.skip("one small case is enough to see that it runs")
         arguments |= {"side": 512, "rounds": 1}
-    short = 10 if (mode, encoder, form) in SIZES and mode == "inference" else 6
+    short = 8 if (mode, encoder, form) in SIZES and mode == "inference" else 5
     arguments["seconds"] = 60 if request.config.getoption("--full") else short
     row = {}
 
@@ -90,7 +91,7 @@ def test_image(benchmark, request, mode, encoder, form, side):
         "mode": mode,
         "encoder": encoder,
         "form": form,
-        "context": form.removeprefix("xt ") if ours else "none",
+        "context": context_of(form),
         "side": side,
         "batch": 1 if form.startswith("naive") else BATCH,
         "limit": None if HAS_GPU else LIMIT,

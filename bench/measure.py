@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 from inputs import relative_error
 
 from xt_models.host import (
@@ -57,6 +58,8 @@ LIMIT = 20 * 2**30
 # A process out of memory: PyTorch's CPU or CUDA allocator, Python, or C++ said so.
 _SIGNS = ("allocate memory", "out of memory", "MemoryError", "bad_alloc")
 
+RECOMPUTED = ", recomputed"  # ends a form that computes activations again in the backward pass
+
 Run = Callable[[], Any]
 # Benches that this run has selected, and its options for those that weigh them: from `conftest.py`.
 selected: list[str] = []
@@ -68,6 +71,9 @@ def full_only(*values: Any) -> list[Any]:
     import pytest
 
     return [pytest.param(value, marks=pytest.mark.full) for value in values]
+
+
+torch._functorch.config.donated_buffer = False  # what is compiled, too, may keep its graph
 
 
 class Backward:
@@ -176,7 +182,9 @@ def compare(
 
     A form other than the first and the truth that runs out of memory is noted with the limit.
     Each round has all forms in an order of its own, the same in every run; rounds end early when
-    they have taken seven seconds. Raises AssertionError for a wrong answer.
+    three or more have taken five seconds, or fewer a minute.
+
+    Raises AssertionError for a wrong answer.
     """
     forms = {first: ours} | (dict(others) if isinstance(others, Mapping) else {"eager": others})
     needed = {first, truth}
@@ -216,8 +224,13 @@ def compare(
     # What came before has filled the caches: extraction, always after the yardstick, with views
     # always after it, had 0.80 times their speed; in shuffled order it is 0.97.
     order, shuffled = list(runs), random.Random(0)
-    end = time.perf_counter() + 7
-    while len(times[first]) < rounds and (len(times[first]) < 3 or time.perf_counter() < end):
+    begin = time.perf_counter()
+
+    def is_enough() -> bool:
+        done, took = len(times[first]), time.perf_counter() - begin
+        return done >= rounds or (done > 0 and took > (60 if done < 3 else 5))
+
+    while not is_enough():
         shuffled.shuffle(order)
         for name in order:
             times[name].append(seconds(runs[name]))
@@ -375,6 +388,11 @@ def memory_limit() -> int:
 
 
 # Children under a memory limit
+
+
+def context_of(form: str) -> str:
+    """The context encoder of a form of whole images, or "none"."""
+    return form.removeprefix("xt ").removesuffix(RECOMPUTED) if form.startswith("xt ") else "none"
 
 
 def run_child(script: Path, arguments: dict[str, Any], limit: int | None, timeout: float) -> dict:

@@ -26,18 +26,14 @@ from typing import Any
 import numpy as np
 import torch
 from baselines import whole_image_swin
-from measure import DEVICE, DTYPE, HAS_GPU, seconds, spread, yardstick
+from measure import DEVICE, DTYPE, HAS_GPU, RECOMPUTED, context_of, seconds, spread, yardstick
 
 import xt_models as xm
 from xt_kernels import RegionGrid
 from xt_models.registry import RandomWeightsWarning
 
 REGION = 256  # px, whatever the encoder was made for
-
-
-def context_of(form: str) -> str:
-    """The context encoder of a form, or "none"."""
-    return form.removeprefix("xt ") if form.startswith("xt ") else "none"
+RECOMPUTE = 4  # regions at a time, in forms that do so
 
 
 def build(form: str, encoder: str, side: int) -> tuple[Any, Any]:
@@ -53,6 +49,8 @@ def build(form: str, encoder: str, side: int) -> tuple[Any, Any]:
             # Some are zero at first in SwinV2: its blocks would pass their input on.
             torch.nn.init.ones_(module.weight)
     model = model.to(DEVICE)
+    if form.endswith(RECOMPUTED):
+        model.recompute = RECOMPUTE
     if not form.startswith("naive"):
         return model, model
     whole = whole_image_swin(model.region_encoder, side, grow_window=form.endswith("grown"))

@@ -255,8 +255,11 @@ def test_the_paper_stands_beside_the_same_encoder(tmp_path):
     assert re.search(released + r"3.25 \| 200 MiB \| cpu, float32 \| \[", text)
     assert "| 786,432 | 786,432 |" in text
     # 6.02 / 0.49 GB and 29.53 / 12.77 minutes in the paper.
-    assert "| 512 | 12.3 | 2.3 | 4.0 | 2.0 | swinv2_tiny, cpu, float32 | [" in text
+    assert "| 512 | 12.3 | 2.3 | 4.0 | not measured | 2.0 | swinv2_tiny, cpu, float32 | [" in text
     assert "| 1024 | 12.4 | 3.8 | not measured | not measured |" in text
+    less = image("xt xl, recomputed", 512, mode="training", **tiny, memory=100 * 2**20)
+    text = page(write(tmp_path / "i.json", wrong, *right, less), tmp_path)
+    assert "| 512 | 12.3 | 2.3 | 4.0 | 8.0 | 2.0 | swinv2_tiny, cpu, float32 | [" in text
     # Another dtype is another measurement: nothing is put beside it.
     right[1]["extra_info"]["dtype"] = "bfloat16"
     text = page(write(tmp_path / "i.json", *right), tmp_path)
@@ -429,6 +432,18 @@ def test_dtypes_are_not_mixed_in_a_line(tmp_path):
     assert "forward, bfloat16: ours" in drawn and "forward, float32: ours" in drawn
     short = section(page(write(tmp_path / "a.json", *narrow), tmp_path, "narrow"), "In short")
     assert "| some_op, forward | 1,024 / 4,096 tokens | ours 1 ms / 1 ms" in short
+
+
+def test_in_short_is_of_the_usual_encoder(tmp_path):
+    """Also where another one has more rows of that kind of work."""
+    file = write(
+        tmp_path / "k.json", image("xt xl", 512), image("xt xl", 1024),
+        kernel(16, 0.2, 0.3, op="a page", variant="other, xl"),
+        kernel(64, 0.7, 0.8, op="a page", variant="other, xl"),
+        kernel(16, 0.5, 0.6, op="a page", variant="tiny, xl"),
+    )  # fmt: skip
+    short = section(page(file, tmp_path), "In short")
+    assert "| a page, tiny, xl | " in short and "other" not in short
 
 
 def test_roofline(tmp_path):

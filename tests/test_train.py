@@ -1126,6 +1126,18 @@ def test_several_tasks_go_on_after_a_stop(annotated, tmp_path, at):
     same(tmp_path / "out", tmp_path / "whole")
 
 
+def test_a_loss_of_several_that_is_not_finite_is_named(annotated, tmp_path, monkeypatch):
+    loss = Segmentation.loss
+
+    def broken(task, model, batch, *, training):
+        found, output = loss(task, model, batch, training=training)
+        return found * math.nan, output
+
+    monkeypatch.setattr(Segmentation, "loss", broken)
+    with pytest.raises(fit.NotFiniteError, match=r"Step 1: the mask/loss must be finite, got nan"):
+        fit.fit(several(annotated), tmp_path / "out", device="cpu")
+
+
 def test_a_task_of_several_is_named_in_its_errors(annotated):
     tables = several_tables(several(annotated))
     tables["tasks"]["mask"]["augment"] |= {"mixup": 0.3}

@@ -268,12 +268,12 @@ IN_SHORT = (
 
 
 def in_short(records: Sequence[Record], cite: Cite) -> Table:
-    """At most ten lines: for each kind of work its most compared variant, in the dtype of most rows
-    if it is measured in that.
+    """At most ten lines: for each kind of work its most compared variant, in the dtype and with the
+    encoder of most rows if it is measured with those.
     """
     rows = [row for record in records for row in record.rows]
-    dtypes = Counter(row.shape.dtype for row in rows if row.shape.dtype)
-    usual = max(dtypes, key=lambda name: dtypes[name], default="")
+    usual = _most(row.shape.dtype for row in rows)
+    encoder = _most(row.encoder for row in rows)
     ops = {row.op: None for row in rows if row.op != "image"}
     order = sorted(ops, key=lambda op: ([*_IN_SHORT, op].index(op), op))
     lines = []
@@ -289,7 +289,10 @@ def in_short(records: Sequence[Record], cite: Cite) -> Table:
             members, what = [row for _, *pair in ends for row in pair], op
         else:
             alike = [row for row in group if row.shape.dtype == usual] or group
-            members = _scaling(group) if op == SCALING else max(_by_variant(alike), key=_telling)
+            members = (
+                _scaling(group) if op == SCALING
+                else max(_by_variant(alike), key=lambda rows: _telling(rows, encoder))
+            )  # fmt: skip
             what = f"{op}, {members[0].variant}" if members[0].variant else op
             dtype = members[0].shape.dtype
             what += f", {dtype}" if dtype not in ("", usual) else ""
@@ -298,10 +301,16 @@ def in_short(records: Sequence[Record], cite: Cite) -> Table:
     return ["work", "size", "measured", "source"], lines
 
 
-def _telling(rows: Sequence[Row]) -> tuple[bool, bool, int]:
-    """A forward pass before others, then the variant with most rows."""
+def _most(names: Iterable[str]) -> str:
+    """The name that occurs most; "" if there is none."""
+    counts = Counter(name for name in names if name)
+    return max(counts, key=lambda name: counts[name], default="")
+
+
+def _telling(rows: Sequence[Row], encoder: str) -> tuple[bool, bool, bool, int]:
+    """A forward pass before others, then `encoder`, then the variant with most rows."""
     variant = rows[0].variant
-    return "backward" not in variant, "forward" in variant, len(rows)
+    return "backward" not in variant, "forward" in variant, encoder in variant, len(rows)
 
 
 def _scaling(rows: Sequence[Row]) -> list[Row]:

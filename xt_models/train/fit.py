@@ -268,7 +268,7 @@ class _Fitter:
             eps=train.eps,
         )
         data = {name: task.identity() for name, task in tasks.items()}
-        self.identity = {"recipe": recipe.to_dict(), "data": data}
+        self.identity = {"recipe": recipe.to_dict(), "data": data.get("", data)}
         self.identity["recipe"]["train"].pop("workers")  # changes no result
         self.identity = json.loads(json.dumps(self.identity))
         self.step = 0
@@ -474,7 +474,7 @@ class _Fitter:
         total = accelerator.reduce((total / train.accumulate).to(accelerator.device), "mean")
         means = self._with_sum(dict(zip(self.tasks, total.tolist(), strict=True)))
         norm = float(accelerator.clip_grad_norm_(self.model.parameters(), train.clip or math.inf))
-        for name, value in (means | {"gradient": norm}).items():
+        for name, value in [*reversed(means.items()), ("gradient", norm)]:  # tasks before their sum
             if not math.isfinite(value):
                 kept = f"{self.part / CHECKPOINT} is that of step {self._saved}"
                 where = kept if self.step else "no step was done before it"
