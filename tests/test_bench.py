@@ -100,6 +100,14 @@ def test_answers_of_another_shape_or_dtype():
     measure.agree(low, low * 1.0078125)
     with pytest.raises(AssertionError, match="Tensor-likes"):
         measure.agree(torch.zeros(4), torch.full((4,), 1e-3))
+    # What large values leave over has their rounding.
+    large = torch.full((99,), 100.0)
+    ours, other, wrong = (torch.cat([large, torch.tensor([x])]) for x in (3e-4, 5e-4, 3e-3))
+    measure.agree(ours, other)
+    with pytest.raises(AssertionError, match="Tensor-likes"):
+        measure.agree(ours, wrong)
+    with pytest.raises(AssertionError, match="Tensor-likes"):
+        measure.agree(ours / 100, other / 100 + 1e-4)
 
 
 def test_the_error_of_an_approximation_is_bounded(no_memory_pass):

@@ -51,7 +51,7 @@ Sizes = dict[float, dict[str, Row]]
 
 def whole_images(rows: Sequence[Row]) -> tuple[str, Sizes]:
     """(region encoder, size -> form -> row) of inference on whole images, for the encoder with most
-    rows of naive forms.
+    rows of naive forms, at the sizes that xT was measured at, if there are any.
     """
     images = [r for r in rows if r.op == "image" and r.mode == "inference" and r.form in _NAMES]
 
@@ -65,7 +65,7 @@ def whole_images(rows: Sequence[Row]) -> tuple[str, Sizes]:
     sizes: Sizes = {}
     for row in sorted(best, key=lambda r: r.size):
         sizes.setdefault(row.size, {})[row.form] = row
-    return best[0].encoder, sizes
+    return best[0].encoder, {size: at for size, at in sizes.items() if XT in at} or sizes
 
 
 def whole_image_answer(rows: Sequence[Row], cite: Cite) -> list[str]:
