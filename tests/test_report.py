@@ -264,11 +264,16 @@ def test_the_paper_stands_beside_the_same_encoder(tmp_path):
     assert re.search(released + r"3.25 \| 200 MiB \| cpu, float32 \| \[", text)
     assert "| 786,432 | 786,432 |" in text
     # 6.02 / 0.49 GB and 29.53 / 12.77 minutes in the paper.
-    assert "| 512 | 12.3 | 2.3 | 4.0 | not measured | 2.0 | swinv2_tiny, cpu, float32 | [" in text
+    assert "| 512 | 12.3 | 2.3 | 4.0 |  | 2.0 | swinv2_tiny, cpu, float32 | [" in text
     assert "| 1024 | 12.4 | 3.8 | not measured | not measured |" in text
     less = image("xt xl, recomputed", 512, mode="training", **tiny, memory=100 * 2**20)
     text = page(write(tmp_path / "i.json", wrong, *right, less), tmp_path)
     assert "| 512 | 12.3 | 2.3 | 4.0 | 8.0 | 2.0 | swinv2_tiny, cpu, float32 | [" in text
+    lost = image("naive, window grown", 1024, "out of memory", mode="training", **tiny)
+    ours = image("xt xl", 1024, mode="training", **tiny)
+    text = page(write(tmp_path / "i.json", lost, ours), tmp_path)
+    told = "out of memory (limit 20 GiB); xT 200 MiB |  |  | swinv2_tiny, cpu, float32"
+    assert f"| 1024 | 12.4 | 3.8 | {told} | [" in text
     # Another dtype is another measurement: nothing is put beside it.
     right[1]["extra_info"]["dtype"] = "bfloat16"
     text = page(write(tmp_path / "i.json", *right), tmp_path)

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..receptive_field import context_length
 from .records import Row
 from .tables import Cite, cite_all
-from .text import Table, bytes_text
+from .text import Table, bytes_text, outcome_text
 
 PAPER = Path(__file__).parent.parent / "assets" / "paper"
 _CHUNK = {256: 1, 512: 1, 4096: 4}  # the paper's regions a chunk, by side of the image
@@ -30,13 +30,19 @@ def _read(name: str) -> list[dict[str, str]]:
 
 
 def _image(
-    rows: Sequence[Row], encoder: str, form: str, side: int, mode: str, like: Row | None = None
+    rows: Sequence[Row],
+    encoder: str,
+    form: str,
+    side: int,
+    mode: str,
+    like: Row | None = None,
+    outcomes: Sequence[str] = ("measured",),
 ) -> Row | None:
     """What was measured of one form of one encoder on whole images; `like`: on the same device, in
     the same dtype.
     """
     return next(
-        (r for r in rows if r.op == "image" and r.outcome == "measured"
+        (r for r in rows if r.op == "image" and r.outcome in outcomes
          and (r.encoder, r.form, r.size, r.mode) == (encoder, form, side, mode)
          and (like is None or (like.shape.device, like.shape.dtype)
               == (r.shape.device, r.shape.dtype))), None,
@@ -103,6 +109,15 @@ def _encoders(rows: Sequence[Row], cite: Cite) -> tuple[str, Table]:
     return title, (head, lines)
 
 
+def _times_less(naive: Row, xt: Row | None) -> str:
+    """How many times less memory xT takes, or what it takes where naive runs out; "" if unknown."""
+    if xt is None or not xt.memory:
+        return ""
+    if naive.memory:
+        return f"{naive.memory / xt.memory:.1f}"
+    return f"{outcome_text(naive)}; xT {bytes_text(xt.memory)}"
+
+
 def _training(rows: Sequence[Row], cite: Cite) -> tuple[str, Table]:
     lines = []
     table = {
@@ -116,16 +131,17 @@ def _training(rows: Sequence[Row], cite: Cite) -> tuple[str, Table]:
             for name in ("mem_gb", "minutes_per_epoch")
         ]
         for encoder in ("swinv2_base", "swinv2_tiny"):
-            one = _image(rows, encoder, "naive, window grown", side, "training")
+            one = _image(rows, encoder, "naive, window grown", side, "training",
+                         outcomes=("measured", "out of memory"))  # fmt: skip
             other = one and _image(rows, encoder, "xt xl", side, "training", like=one)
             if one is not None and other is not None:
                 break
         again = one and _image(rows, encoder, "xt xl, recomputed", side, "training", like=one)
         cells = [NOT, NOT, NOT, "", ""]
-        if one and other and one.memory and other.memory and one.per_s and other.per_s:
-            less = f"{one.memory / again.memory:.1f}" if again and again.memory else NOT
-            cells = [f"{one.memory / other.memory:.1f}", less, f"{other.per_s / one.per_s:.1f}",
-                     f"{encoder}, {_measured_on(one)}",
+        if one and other and other.memory:
+            weights = [_times_less(one, row) for row in (other, again)]
+            time = f"{other.per_s / one.per_s:.1f}" if one.per_s and other.per_s else ""
+            cells = [*weights, time, f"{encoder}, {_measured_on(one)}",
                      cite_all((one, other, again), cite)]  # fmt: skip
         lines.append([str(side), *theirs, *cells])
     head = ["side, px", "paper, memory a region", "paper, time", "ours, memory above the model",
