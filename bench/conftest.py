@@ -26,6 +26,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--full"):
         measure.options[:] = ["--full"]
+        for item in items:  # the first of a bench weighs all its cases
+            if not item.get_closest_marker("timeout"):
+                item.add_marker(pytest.mark.timeout(7200))
         return
     # Not where memory is weighed: that is done by smoke tests too, under a limit.
     is_smoke = config.getoption("benchmark_disable") and not os.environ.get("XT_BENCH_MEMORY")
