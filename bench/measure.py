@@ -59,6 +59,7 @@ LIMIT = 20 * 2**30
 _SIGNS = ("allocate memory", "out of memory", "MemoryError", "bad_alloc")
 
 RECOMPUTED = ", recomputed"  # ends a form that computes activations again in the backward pass
+torch._functorch.config.donated_buffer = False  # of what is compiled, too, the graph may be kept
 
 Run = Callable[[], Any]
 # Benches that this run has selected, and its options for those that weigh them: from `conftest.py`.
@@ -66,14 +67,16 @@ selected: list[str] = []
 options: list[str] = []
 
 
+def context_of(form: str) -> str:
+    """The context encoder of a form of whole images, or "none"."""
+    return form.removeprefix("xt ").removesuffix(RECOMPUTED) if form.startswith("xt ") else "none"
+
+
 def full_only(*values: Any) -> list[Any]:
     """Values of a parameter that are measured with --full only."""
     import pytest
 
     return [pytest.param(value, marks=pytest.mark.full) for value in values]
-
-
-torch._functorch.config.donated_buffer = False  # what is compiled, too, may keep its graph
 
 
 class Backward:
@@ -393,11 +396,6 @@ def memory_limit() -> int:
 
 
 # Children under a memory limit
-
-
-def context_of(form: str) -> str:
-    """The context encoder of a form of whole images, or "none"."""
-    return form.removeprefix("xt ").removesuffix(RECOMPUTED) if form.startswith("xt ") else "none"
 
 
 def run_child(script: Path, arguments: dict[str, Any], limit: int | None, timeout: float) -> dict:
